@@ -1,0 +1,133 @@
+"""What a model costs, by arithmetic on its configuration: parameters, cache bytes, FLOPs.
+
+Nothing is allocated and torch is not needed; the tests hold these numbers against real modules,
+real caches and torch's own FLOP counter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sambay.spec.layers import LayerKind, LayerSpec, prefill_split
+from sambay.spec.model_config import AttentionVariant, ModelConfig, Norm
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """Parameters of one layer: those in matrix products, and all of them.
+
+    `state_matmul` is the share of the mixer's matrix parameters that must run for every token to
+    keep the layer's state (all but the output side); it is 0 for layers without state.
+    """
+
+    mixer_matmul: int
+    state_matmul: int
+    mixer: int
+    mlp: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        """All parameters of the layer."""
+        return self.mixer + self.mlp + self.norms
+
+
+def layer_cost(config: ModelConfig, layer: LayerSpec) -> LayerCost:
+    """The parameter counts of one layer."""
+    D, E = config.hidden_size, config.d_inner
+    q_size, kv_size = config.attention_size, 2 * config.num_kv_heads * config.head_dim
+    norm = D * (2 if config.norm is Norm.LAYER else 1)
+    if layer.kind is LayerKind.MAMBA:
+        R, N = config.dt_rank, config.d_state
+        state = 2 * E * D + (R + 2 * N) * E + E * R
+        matmul = state + D * E
+        vectors = E * config.d_conv + E + E + E * N + E  # conv, its bias, dt bias, A_log, D
+    elif layer.kind is LayerKind.GATED_MEMORY:
+        state, matmul, vectors = 0, 2 * D * config.memory_size, 0
+    else:
+        own_kv = 0 if layer.kind is LayerKind.CROSS else kv_size
+        state = D * own_kv
+        matmul = D * (q_size + own_kv) + q_size * D
+        vectors = (q_size + own_kv + D) if config.attention_bias else 0
+        if config.attention_variant is AttentionVariant.DIFFERENTIAL:
+            vectors += 6 * config.head_dim
+    return LayerCost(
+        mixer_matmul=matmul,
+        state_matmul=state,
+        mixer=matmul + vectors,
+        mlp=3 * D * config.intermediate_size,
+        norms=2 * norm,
+    )
+
+
+def parameter_count(config: ModelConfig, *, embeddings: bool = True) -> int:
+    """The exact number of parameters; tied embeddings count once, or not at all on request."""
+    norm = config.hidden_size * (2 if config.norm is Norm.LAYER else 1)
+    table = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    layers = sum(layer_cost(config, layer).total for layer in config.layers)
+    return layers + norm + (table if embeddings else 0)
+
+
+def prefill_share(config: ModelConfig) -> float:
+    """The share of the layers' matrix parameters used per prompt token when only the last counts.
+
+    arXiv 2507.06607, section 2: everything behind the last state runs for one token only.
+    """
+    costs = [layer_cost(config, layer) for layer in config.layers]
+    split = prefill_split(config.layers)
+    every = sum(cost.mixer_matmul + cost.mlp for cost in costs)
+    early = sum(cost.mixer_matmul + cost.mlp for cost in costs[:split])
+    return (early + costs[split].state_matmul) / every
+
+
+def visible_pairs(tokens: int, window: int | None) -> int:
+    """The number of (query, key) pairs of a causal map over `tokens` columns."""
+    if window is None or window >= tokens:
+        return tokens * (tokens + 1) // 2
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def forward_flops(config: ModelConfig, tokens: int, *, last_only: bool = False) -> int:
+    """Floating-point operations of the matrix products of one row's forward over `tokens`.
+
+    Projections and head (2 per parameter and token) and the visible pairs of attention; elementwise
+    work, the convolution and the scan are left out. With `last_only` the prefill that returns the
+    logits of the last token.
+    """
+    split = prefill_split(config.layers) if last_only else config.num_layers
+    pair_flops = 4 * config.attention_size
+    if config.attention_variant is AttentionVariant.DIFFERENTIAL:
+        pair_flops = 6 * config.attention_size  # every map weighs values twice as wide
+    total = 2 * config.vocab_size * config.hidden_size * (1 if last_only else tokens)
+    for layer in config.layers:
+        cost = layer_cost(config, layer)
+        attends = layer.kind in (LayerKind.SLIDING, LayerKind.FULL, LayerKind.CROSS)
+        if layer.index < split:
+            total += 2 * tokens * (cost.mixer_matmul + cost.mlp)
+            total += pair_flops * visible_pairs(tokens, layer.window) if attends else 0
+        else:
+            state = cost.state_matmul if layer.index == split else 0
+            total += 2 * (tokens - 1) * state + 2 * (cost.mixer_matmul + cost.mlp)
+            total += pair_flops * min(tokens, layer.window or tokens) if attends else 0
+    return total
+
+
+def cache_bytes(
+    config: ModelConfig, batch_size: int, length: int, *, kv_bytes: int, state_bytes: int = 4
+) -> int:
+    """The bytes of a cache that holds `length` tokens of `batch_size` rows.
+
+    Full layers keep 2 x kv heads x head_dim values per token, windows at most `window` of them,
+    Mamba layers d_inner x (d_state + d_conv - 1) values of state; gated memory units and
+    cross-attention keep nothing. `kv_bytes` and `state_bytes` are bytes per value.
+    """
+    per_token = 2 * config.num_kv_heads * config.head_dim * kv_bytes
+    total = 0
+    for layer in config.layers:
+        if layer.kind is LayerKind.FULL:
+            total += length * per_token
+        elif layer.kind is LayerKind.SLIDING:
+            total += min(layer.window or length, length) * per_token
+        elif layer.kind is LayerKind.MAMBA:
+            total += config.d_inner * (config.d_state + config.d_conv - 1) * state_bytes
+    return batch_size * total

@@ -1,0 +1,172 @@
+"""The family of the paper as functions of depth, with the published aspect ratios.
+
+Sources: arXiv 2507.06607, section 3.1, appendix C and table 7, and the pattern of the released code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sambay.errors import ConfigError, nearest
+from sambay.spec.model_config import ModelConfig
+
+BASE_DEPTH = 16  # the depth at which muP++ multipliers equal those of the tuned base model
+BASE_HEAD_DIM = 128
+
+
+class Parametrization(enum.StrEnum):
+    """Where the stored multipliers come from (arXiv 2507.06607, table 6)."""
+
+    STANDARD = "standard"
+    MUP = "mup"
+    MUP_PLUS_PLUS = "mup++"
+
+    def multipliers(self, depth: int, head_dim: int) -> dict[str, float]:
+        """The residual, logit and attention multipliers at a depth and head size."""
+        if self is Parametrization.STANDARD:
+            return {"attention_scale": 1 / math.sqrt(head_dim)}
+        residual = 1 / math.sqrt(2 * depth) if self is Parametrization.MUP_PLUS_PLUS else 1.0
+        return {
+            "residual_multiplier": residual,
+            "logit_multiplier": BASE_DEPTH / depth,
+            "attention_scale": math.sqrt(BASE_HEAD_DIM) / head_dim,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A member of the family: its pattern as a function of depth, and what sets it apart."""
+
+    pattern: Callable[[int], str]
+    aspect_ratio: int  # hidden size per layer, published
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _times(count: int, unit: str) -> str:
+    return f"{count}x{unit} " if count else ""
+
+
+def _yoco(self_decoder: Callable[[int], str], cross_decoder: Callable[[int], str]):
+    """A self-decoder of depth/2 + 1 layers, the full-attention layer, and the cross-decoder."""
+    return lambda depth: f"{self_decoder(depth)} F {cross_decoder(depth)}"
+
+
+def _samba_half(depth: int) -> str:
+    return f"{depth // 4}x(M S) M"
+
+
+def _mamba_half(depth: int) -> str:
+    return f"{depth // 2 + 1}xM"
+
+
+def _window_half(depth: int) -> str:
+    return f"{depth // 2 + 1}xS"
+
+
+def _gated_cross(depth: int) -> str:
+    return _times(depth // 4 - 1, "(G C)")
+
+
+def _only_cross(depth: int) -> str:
+    return _times(depth // 2 - 2, "C")
+
+
+def _only_gated(depth: int) -> str:
+    return _times(depth // 2 - 2, "G")
+
+
+_ROPE = {"position": "rope"}
+_WINDOW = {"window": 128}
+
+PRESETS: dict[str, Preset] = {
+    "transformer++": Preset(lambda depth: f"{depth}xF", 128, _ROPE),
+    "transformer-ls": Preset(lambda depth: f"{depth // 4}x(S S S F)", 128, _ROPE | _WINDOW),
+    "samba": Preset(lambda depth: f"{depth // 2}x(M S)", 122, _ROPE | {"window": 2048}),
+    "swa+yoco": Preset(_yoco(_window_half, _only_cross), 130, _ROPE | _WINDOW),
+    "samba+yoco": Preset(_yoco(_samba_half, _only_cross), 126, _WINDOW),
+    "sambay": Preset(_yoco(_samba_half, _gated_cross), 124, _WINDOW),
+    "sambay+da": Preset(
+        _yoco(_samba_half, _gated_cross), 124, _WINDOW | {"attention_variant": "differential"}
+    ),
+    "mambay": Preset(_yoco(_mamba_half, _gated_cross), 120),
+    "sambay-a": Preset(
+        _yoco(_samba_half, _gated_cross), 126, _WINDOW | {"memory_source": "attention"}
+    ),
+    "sambay-aa": Preset(
+        _yoco(_samba_half, _only_gated), 126, _WINDOW | {"memory_source": "attention"}
+    ),
+    "sambay-mlp": Preset(_yoco(_samba_half, _gated_cross), 120, _WINDOW | {"memory_source": "mlp"}),
+}
+
+NAMES = tuple(PRESETS)
+
+
+def build(
+    name: str,
+    depth: int,
+    *,
+    parametrization: Parametrization | str = Parametrization.MUP_PLUS_PLUS,
+    **fields: Any,
+) -> ModelConfig:
+    """The configuration of a family member at a depth divisible by 4.
+
+    By default the published shape: hidden size = aspect ratio x depth, `depth` query heads of 128,
+    `depth / 4` key heads, MLP of 4 x hidden size, vocabulary 32,000, tied embeddings. Any field of
+    `ModelConfig` given by name replaces the published value; values that follow from a replaced one
+    (MLP size, multipliers) follow it.
+
+    Raises:
+        ConfigError: an unknown name or field, or a depth that is not a positive multiple of 4.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset '{name}' does not exist{nearest(name, NAMES)}")
+    if depth < 4 or depth % 4:
+        raise ConfigError(
+            f"depth = {depth}; '{name}' repeats groups of four layers, choose 4, 8, 12, ..."
+        )
+    preset = PRESETS[name]
+    hidden_size = fields.get("hidden_size", preset.aspect_ratio * depth)
+    head_dim = fields.get("head_dim", BASE_HEAD_DIM)
+    scheme = _parametrization(parametrization)
+    shape: dict[str, Any] = {
+        "layer_pattern": preset.pattern(depth),
+        "vocab_size": 32_000,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_heads": depth,
+        "num_kv_heads": depth // 4,
+        "head_dim": head_dim,
+    }
+    return ModelConfig.from_dict(
+        shape | scheme.multipliers(depth, head_dim) | preset.fields | fields
+    )
+
+
+def phi4_mini_flash(**fields: Any) -> ModelConfig:
+    """The 3.85 B model released as Phi-4-mini-flash-reasoning (standard parametrisation)."""
+    shape = build(
+        "sambay+da",
+        32,
+        parametrization=Parametrization.STANDARD,
+        vocab_size=200_064,
+        hidden_size=2560,
+        num_heads=40,
+        num_kv_heads=20,
+        head_dim=64,
+        window=512,
+        norm="layer",
+        attention_bias=True,
+    )
+    return shape.replace(**fields)
+
+
+def _parametrization(value: Parametrization | str) -> Parametrization:
+    try:
+        return Parametrization(value)
+    except ValueError:
+        hint = nearest(str(value), [member.value for member in Parametrization])
+        raise ConfigError(f"parametrization '{value}' does not exist{hint}") from None
