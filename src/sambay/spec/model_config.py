@@ -156,7 +156,7 @@ class ModelConfig:
         """The configuration stored by `to_dict`.
 
         Raises:
-            ConfigError: an unknown or missing field, or a `num_layers` that contradicts the pattern.
+            ConfigError: an unknown or missing field, or a `num_layers` unlike the pattern.
         """
         fields = dict(values)
         num_layers = fields.pop("num_layers", None)
@@ -169,8 +169,8 @@ class ModelConfig:
         config = cls(**fields)
         if num_layers is not None and num_layers != config.num_layers:
             raise ConfigError(
-                f"model.layer_pattern has {config.num_layers} layers, num_layers says {num_layers}; "
-                "correct one of them"
+                f"model.layer_pattern has {config.num_layers} layers, num_layers says "
+                f"{num_layers}; correct one of them"
             )
         return config
 
@@ -213,8 +213,8 @@ class ModelConfig:
             for name in ("num_heads", "num_kv_heads"):
                 if getattr(self, name) % 2:
                     raise ConfigError(
-                        f"model.{name} = {getattr(self, name)} is odd; differential attention pairs "
-                        "heads, choose an even number"
+                        f"model.{name} = {getattr(self, name)} is odd; differential attention "
+                        "pairs heads, choose an even number"
                     )
         if self.position is Position.ROPE and self.head_dim % 2:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """The family of the paper as functions of depth, with the published aspect ratios.
 
-Sources: arXiv 2507.06607, section 3.1, appendix C and table 7, and the pattern of the released code.
+Sources: arXiv 2507.06607, section 3.1, appendix C, table 7; layer order of the released code.
 """
 
 from __future__ import annotations
