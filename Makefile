@@ -1,0 +1,59 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv by themselves.
+# Needs Python >= 3.11; a C++ compiler makes the CPU kernels available (without one: slower, same results).
+# Options: PYTHON=/path/to/python3   the interpreter for .venv (default: the first that works)
+#          PIP_OPTIONS="..."         passed to pip, e.g. an --index-url
+#          DEMO_OPTIONS="..."        passed to the demo, e.g. --fresh, --minutes 1
+#          TEST_OPTIONS="..."        passed to pytest, e.g. tests/numerics -x
+# Only relative paths appear here, so a folder with a space in its name is fine.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?=
+PIP_OPTIONS ?=
+DEMO_OPTIONS ?=
+TEST_OPTIONS ?=
+PY := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: help setup demo test lint types check format bench images clean
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(INSTALLED)  ## create .venv with the pinned packages (a second call does nothing)
+
+$(INSTALLED): pyproject.toml constraints.txt .ci/setup
+	@PYTHON="$(PYTHON)" PIP_OPTIONS="$(PIP_OPTIONS)" .ci/setup
+	@touch $@
+
+demo: setup  ## data, two models, text, speed and pictures in about ten minutes
+	@$(PY) -m sambay.demo --out demo $(DEMO_OPTIONS)
+
+test: setup  ## all tests of the default run (CPU)
+	@$(PY) -m pytest $(TEST_OPTIONS)
+
+lint: setup  ## ruff: rules and formatting
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+types: setup  ## pyright
+	@$(PY) -m pyright
+
+check: lint types test  ## everything a change must pass
+
+format: setup  ## let ruff repair what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: setup  ## benchmarks of this machine, as JSON lines under build/benchmarks
+	@.ci/bench
+
+images: setup  ## redraw docs/images from the model configurations
+	@$(PY) -m sambay.plots --out docs/images
+
+clean:  ## remove .venv, caches, runs and the demo's output
+	rm -rf .venv build dist demo runs .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

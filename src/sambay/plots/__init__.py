@@ -1,0 +1,1 @@
+"""Pictures the project draws of itself: architectures, loss and speed curves (matplotlib)."""
