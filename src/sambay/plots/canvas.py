@@ -7,7 +7,7 @@ gives the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,20 @@ def chart(figure: Figure, rows: int, columns: int, index: int) -> Axes:
     axes.set_axisbelow(True)
     axes.tick_params(length=3, labelsize=9)
     return axes
+
+
+def legend(figure: Figure, styles: Mapping[str, tuple[str, str]]) -> None:
+    """Put names with their colour and marker in one row at the top left."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linewidth=2, markeredgecolor=PAPER, label=name)
+        for name, (colour, marker) in styles.items()
+    ]
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.01, 0.995), ncols=len(handles),
+        frameon=False, fontsize=10,
+    )  # fmt: skip
 
 
 def text_width(content: str, size: float) -> float:

@@ -1,0 +1,128 @@
+"""Who may import whom, what importing costs, and which packages it needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sambay
+
+ROOT = Path(sambay.__file__).parent
+# A room may import rooms of earlier rows only. `data` reads and writes files and knows no model.
+ROWS = (
+    ("errors",),
+    ("files",),
+    ("spec", "data"),
+    ("ops", "plots"),
+    ("layers",),
+    ("model",),
+    ("generate", "scaling"),
+    ("train",),
+    ("recipes",),
+    ("cli",),
+    ("demo",),
+)
+RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
+OPTIONAL = {
+    "tokenizers", "pyarrow", "zstandard", "tqdm", "tensorboard", "matplotlib", "transformers",
+}  # fmt: skip
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_names(tree: ast.AST) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module == "sambay":
+            names += [f"sambay.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute in this project"
+            names.append(node.module or "")
+    return names
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_earlier_rooms(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":  # the public names; a lazy one may live anywhere
+        return
+    assert room in RANK, f"{room} is a new room: give it a row in {Path(__file__).name}"
+    for name in imported_names(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "sambay" and len(parts) > 1 and parts[1] != room and parts[1] in RANK:
+            assert RANK[parts[1]] < RANK[room], f"{room} may not import {name}: see ROWS"
+
+
+def test_each_optional_package_is_imported_in_one_file_and_lazily() -> None:
+    homes: dict[str, set[str]] = {}
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        at_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for name in imported_names(ast.Module(body=list(at_top), type_ignores=[])):
+            assert name.split(".")[0] not in OPTIONAL, f"{path} imports {name} at its top"
+        for name in imported_names(tree):
+            package = name.split(".")[0]
+            if package in OPTIONAL:
+                homes.setdefault(package, set()).add(str(path.relative_to(ROOT)))
+    assert "matplotlib" in homes
+    for package, files in homes.items():
+        assert len(files) == 1, f"{package} is imported in {sorted(files)}; keep it in one file"
+
+
+def test_importing_everything_needs_only_the_required_packages() -> None:
+    """All modules but entry points, with every optional package hidden."""
+    modules = [
+        ".".join(["sambay", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
+            ".__init__"
+        )
+        for path in FILES
+        if path.name != "__main__.py"
+    ]
+    code = f"import sys\nfor name in {sorted(OPTIONAL)}: sys.modules[name] = None\n"
+    result = run_python(
+        code + "".join(f"import {name.removesuffix('.__init__')}\n" for name in modules)
+    )
+    assert result.returncode == 0, result.stderr.splitlines()[-3:]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sambay",
+        "import sambay.spec, sambay.spec.presets, sambay.spec.footprint",
+        "import sambay.plots.architecture",
+        "import sambay.data.manifest",
+        "from sambay.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+        *(
+            f"from sambay.cli.main import main\ntry: main(['{command}', '--help'])\n"
+            "except SystemExit: pass"
+            for command in ("prepare", "train", "generate", "doctor", "bench")
+        ),
+    ],
+)
+def test_no_torch_where_it_is_not_needed(code: str) -> None:
+    result = run_python(
+        f"{code}\nimport sys; assert 'torch' not in sys.modules, 'torch came along'"
+    )
+    assert result.returncode == 0, result.stderr.splitlines()[-1:]
+
+
+def test_public_names_exist() -> None:
+    for name in sambay.__all__:
+        assert getattr(sambay, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = sambay.nonsense
