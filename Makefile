@@ -24,10 +24,15 @@ help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED)  ## create .venv with the pinned packages (a second call does nothing)
+	@true
 
 $(INSTALLED): pyproject.toml constraints.txt .ci/setup
 	@PYTHON="$(PYTHON)" PIP_OPTIONS="$(PIP_OPTIONS)" .ci/setup
-	@touch $@
+	@printf '%s\n' "$(CURDIR)" > $@
+# A folder that was renamed or copied carries a .venv that points to the old place.
+ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(CURDIR))
+.PHONY: $(INSTALLED)
+endif
 
 demo: setup  ## data, two models, text, speed and pictures in about ten minutes
 	@$(PY) -m sambay.demo --out demo $(DEMO_OPTIONS)

@@ -85,17 +85,10 @@ def test_each_optional_package_is_imported_in_one_file_and_lazily() -> None:
 
 def test_importing_everything_needs_only_the_required_packages() -> None:
     """All modules but entry points, with every optional package hidden."""
-    modules = [
-        ".".join(["sambay", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(
-            ".__init__"
-        )
-        for path in FILES
-        if path.name != "__main__.py"
-    ]
+    paths = [path.relative_to(ROOT.parent) for path in FILES if path.name != "__main__.py"]
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
     code = f"import sys\nfor name in {sorted(OPTIONAL)}: sys.modules[name] = None\n"
-    result = run_python(
-        code + "".join(f"import {name.removesuffix('.__init__')}\n" for name in modules)
-    )
+    result = run_python(code + "".join(f"import {module}\n" for module in modules))
     assert result.returncode == 0, result.stderr.splitlines()[-3:]
 
 
