@@ -1,0 +1,330 @@
+"""The documents of one file: text, JSON lines and Parquet, plain or compressed.
+
+A document is a non-blank text. What cannot be one is counted by reason, never guessed at:
+    binary            a text with a NUL byte
+    empty             nothing but white space
+    undecodable       more than 1 % of the bytes are not UTF-8
+    repaired          at most 1 % are not UTF-8: kept, each bad sequence replaced by U+FFFD
+    undecodable_bytes the number of bytes so replaced
+    invalid_records   a line that is no JSON object
+    missing_text      a record without a text in the field asked for
+    cut               a text longer than the limit, cut at line breaks into several documents
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from sambay.data.sources import GZIP, JSONL, PARQUET, ZSTD, SourceFile
+from sambay.errors import DataError, MissingPackage
+
+_BLOCK = 1 << 20
+_SNIFF = 1 << 13
+_UNDECODABLE_SHARE = 0.01
+_ROWS = 256
+
+
+class Document(NamedTuple):
+    """A text and the place from which reading it can start again.
+
+    `offset` is in bytes of the uncompressed file, or in rows for Parquet; documents cut from one
+    record share it.
+    """
+
+    offset: int
+    text: str
+
+
+class ReadingRules(NamedTuple):
+    """How files are read: the field or column of records, the separator and the limit of texts."""
+
+    text_field: str
+    document_separator: str
+    max_document_bytes: int
+
+
+class UnreadableFile(DataError):
+    """A file that cannot be opened or is damaged; its documents are left out as a whole."""
+
+
+def read_documents(
+    file: SourceFile, rules: ReadingRules, counts: Counter[str], *, offset: int = 0
+) -> Iterator[Document]:
+    """The documents of a file from `offset` on; adds to `counts` what was left out or changed.
+
+    Raises:
+        UnreadableFile: the operating system refuses, or the content is damaged.
+        MissingPackage: the format needs a package that is not installed.
+    """
+    try:
+        if file.kind == PARQUET:
+            yield from _read_parquet(file, rules, counts, offset)
+        else:
+            with _open(file) as stream:
+                _skip(stream, file, offset)
+                read = _read_lines if file.kind == JSONL else _read_texts
+                yield from read(stream, rules, counts, offset)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableFile(f"{file.path}: {reason}") from error
+
+
+def cut_texts(data: bytes, limit: int) -> Iterator[bytes]:
+    """`data` in pieces of at most `limit` bytes, cut after a line break where there is one.
+
+    Never cuts inside a character of valid UTF-8.
+    """
+    start = 0
+    while len(data) - start > limit:
+        end = cut_position(data, start, limit)
+        yield data[start:end]
+        start = end
+    yield data[start:] if start else data
+
+
+def cut_position(data: bytes, start: int, limit: int) -> int:
+    """Where a piece that begins at `start` and may have `limit` bytes should end."""
+    end = data.rfind(b"\n", start, start + limit) + 1
+    if end > start:
+        return end
+    end = start + limit
+    while end > start + limit - 3 and end > start + 1 and data[end] & 0xC0 == 0x80:
+        end -= 1
+    return end if data[end] & 0xC0 != 0x80 else start + limit
+
+
+def _accept(data: bytes, counts: Counter[str]) -> str | None:
+    """The text of a document, or None if it is counted out."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        bad = len(data) - len(data.decode("utf-8", "ignore").encode())
+        if bad > _UNDECODABLE_SHARE * len(data):
+            counts["undecodable"] += 1
+            return None
+        text = data.decode("utf-8", "replace")
+        counts["repaired"] += 1
+        counts["undecodable_bytes"] += bad
+    if not text or text.isspace():
+        counts["empty"] += 1
+        return None
+    return text
+
+
+def _pieces(data: bytes, rules: ReadingRules, counts: Counter[str]) -> Iterator[str]:
+    if len(data) > rules.max_document_bytes:
+        counts["cut"] += 1
+    for piece in cut_texts(data, rules.max_document_bytes):
+        text = _accept(piece, counts)
+        if text is not None:
+            yield text
+
+
+def _open(file: SourceFile) -> BinaryIO:
+    if file.compression == GZIP:
+        return gzip.open(file.path, "rb")  # type: ignore[return-value]
+    if file.compression == ZSTD:
+        return io.BufferedReader(_ZstdReader(open(file.path, "rb")), _BLOCK)
+    return open(file.path, "rb")
+
+
+def _skip(stream: BinaryIO, file: SourceFile, offset: int) -> None:
+    if not file.compression:
+        stream.seek(offset)
+        return
+    while offset:
+        block = stream.read(min(offset, _BLOCK))
+        if not block:
+            raise EOFError("shorter than when it was first read")
+        offset -= len(block)
+
+
+def _read_texts(
+    stream: BinaryIO, rules: ReadingRules, counts: Counter[str], offset: int
+) -> Iterator[Document]:
+    separator, limit = rules.document_separator.encode(), rules.max_document_bytes
+    data, ended, beginning = b"", False, offset == 0
+    cutting = False
+    while True:
+        # Enough is read to see whether a piece of `limit` bytes ends with a whole separator.
+        while not ended and len(data) <= limit + len(separator):
+            block = stream.read(max(_BLOCK, limit))
+            ended = not block
+            data += block
+            if beginning and block:
+                beginning = False
+                if b"\0" in block[:_SNIFF]:
+                    counts["binary"] += 1
+                    return
+        start, total = 0, len(data)
+        if not total:
+            if offset == 0:
+                counts["empty"] += 1
+            return
+        while start < total and (ended or total - start > limit + len(separator)):
+            found = data.find(separator, start, start + limit + len(separator)) if separator else -1
+            if found >= 0:
+                end, after, cut = found, found + len(separator), False
+            elif total - start > limit:
+                end = after = cut_position(data, start, limit)
+                cut = True
+            else:
+                end = after = total
+                cut = False
+            piece = data[start:end]
+            counts["cut"] += cut and not cutting
+            cutting = cut
+            if b"\0" in piece:
+                counts["binary"] += 1
+            elif piece or not separator:
+                text = _accept(piece, counts)
+                if text is not None:
+                    yield Document(offset + start, text)
+            start = after
+        data, offset = data[start:], offset + start
+        if ended and not data:
+            return
+
+
+def _read_lines(
+    stream: BinaryIO, rules: ReadingRules, counts: Counter[str], offset: int
+) -> Iterator[Document]:
+    for line in stream:
+        here, offset = offset, offset + len(line)
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            # The line is judged as a text is; what is left of it may still be a good record.
+            text = _accept(line, counts)
+            if text is None:
+                continue
+            record = _parse(text)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            counts["invalid_records"] += 1
+            continue
+        value = record.get(rules.text_field)
+        if not isinstance(value, str):
+            _note_missing(counts, record.keys())
+            continue
+        for text in _pieces(_encode(value), rules, counts):
+            yield Document(here, text)
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _encode(value: str) -> bytes:
+    # JSON may hold half of a surrogate pair, which is no text; it counts as undecodable later.
+    return value.encode("utf-8", "surrogatepass")
+
+
+def _read_parquet(
+    file: SourceFile, rules: ReadingRules, counts: Counter[str], offset: int
+) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingPackage("pyarrow", f"reading {file.path}", "data") from error
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            names = table.schema_arrow.names
+            if rules.text_field not in names:
+                counts["missing_text"] += table.metadata.num_rows - 1
+                _note_missing(counts, names)
+                return
+            row, groups = 0, list(range(table.num_row_groups))
+            while groups and row + table.metadata.row_group(groups[0]).num_rows <= offset:
+                row += table.metadata.row_group(groups.pop(0)).num_rows
+            batches = table.iter_batches(_ROWS, row_groups=groups, columns=[rules.text_field])
+            for batch in batches:
+                for value in _as_bytes(batch.column(0), pyarrow):
+                    if row >= offset and value is None:
+                        _note_missing(counts, names)
+                    elif row >= offset:
+                        for text in _pieces(value, rules, counts):
+                            yield Document(row, text)
+                    row += 1
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UnreadableFile(f"{file.path}: {reason}") from error
+
+
+def _as_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (
+        pyarrow.types.is_string(column.type)
+        or pyarrow.types.is_large_string(column.type)
+        or pyarrow.types.is_binary(column.type)
+        or pyarrow.types.is_large_binary(column.type)
+    ):
+        return [None] * len(column)
+    return column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _note_missing(counts: Counter[str], names: Any) -> None:
+    """Count a record without text; the names it has help to word the error."""
+    counts["missing_text"] += 1
+    if not any(key.startswith("field:") for key in counts):
+        for name in list(names)[:8]:
+            counts[f"field:{name}"] += 1
+
+
+class _ZstdReader(io.RawIOBase):
+    """Reads all frames of a zstd file and, unlike the package's reader, reports a truncated one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            file.close()
+            raise MissingPackage("zstandard", "reading .zst files", "data") from error
+        self._file = file
+        self._error = zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            if self._frame is not None and self._frame.eof:
+                self._frame = None
+            data = data or self._file.read(_BLOCK)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the compressed data is truncated")
+                return 0
+            if self._frame is None:
+                self._frame = self._new()
+            try:
+                self._ready = self._frame.decompress(data)
+            except self._error as error:
+                raise EOFError(f"the compressed data is damaged ({error})") from error
+        count = min(len(target), len(self._ready))
+        target[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
