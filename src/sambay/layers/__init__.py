@@ -1,0 +1,1 @@
+"""The modules of a block: mixers, MLP, norms, and the values they exchange."""

@@ -76,12 +76,13 @@ def _one_query(
     K, S = k.shape[1:3]
     first = 0 if window is None else max(S - window, 0)
     k, v = k[:, :, first:], v[:, :, first:]
-    scores = (q.reshape(B, K, H // K, P) @ k.transpose(-1, -2)).float() * scale
+    scores = q.reshape(B, K, H // K, P) @ k.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if starts is not None:
         columns = torch.arange(first, S, device=q.device)
         visible = (columns >= starts[:, None]) | (columns == S - 1)
         scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     maps = torch.softmax(scores, dim=-1).view(B, K // 2, 2, H // K, S - first)
-    difference = (maps[:, :, 0] - weight.float() * maps[:, :, 1]).to(v.dtype)
+    difference = (maps[:, :, 0] - weight * maps[:, :, 1]).to(v.dtype)
     out = difference[:, :, None] @ v.view(B, K // 2, 2, S - first, P)
     return out.permute(0, 1, 3, 2, 4).reshape(B, H // 2, 1, 2 * P)

@@ -1,0 +1,31 @@
+"""The SwiGLU MLP (arXiv 2002.05202) that every block carries."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sambay.layers.context import SharedStates
+from sambay.layers.roles import Role
+from sambay.spec import LayerSpec, MemorySource, ModelConfig
+
+
+class SwiGLU(nn.Module):
+    """out_proj(silu(gate) * value); `in_proj` holds the gate rows first, then the value rows."""
+
+    roles: ClassVar = {"in_proj.weight": Role.MATRIX, "out_proj.weight": Role.MATRIX}
+
+    def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.publishes_memory = layer.publishes_memory is MemorySource.MLP
+
+    def forward(self, x_BTD: Tensor, shared: SharedStates) -> tuple[Tensor, SharedStates]:
+        """(B, T, D) to (B, T, D); may publish its value half as the memory."""
+        gate, value = self.in_proj(x_BTD).chunk(2, dim=-1)
+        if self.publishes_memory:
+            shared = shared._replace(memory=value)
+        return self.out_proj(F.silu(gate) * value), shared

@@ -1,0 +1,30 @@
+"""Keeping chosen parameters in float32 whatever the rest of a model is cast to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+
+class Float32Parameters(nn.Module):
+    """A module whose `float32_parameters` survive `.to(bfloat16)`, `.half()` and the like.
+
+    Rates of decay live in exp(-exp(A_log) dt): rounding them to 8 bits changes what a state
+    remembers. Casts to float64 are let through.
+    """
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        before = {name: getattr(self, name).data for name in self.float32_parameters}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < torch.float32.itemsize:
+                parameter.data = data.to(device=parameter.device, dtype=torch.float32)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.float()
+        return self

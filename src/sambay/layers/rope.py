@@ -1,0 +1,49 @@
+"""How positions enter queries and keys: not at all, or by rotation (arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sambay.layers.context import BatchContext
+from sambay.spec import ModelConfig, Position
+
+
+class NoPosition(nn.Module):
+    """Leaves queries and keys as they are; order is known to the recurrent layers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, x_BHTP: Tensor, context: BatchContext) -> Tensor:
+        """The argument itself."""
+        return x_BHTP
+
+
+class Rotary(nn.Module):
+    """Rotates the halves of each head by angles that grow with the position.
+
+    Angles are float32: in bfloat16 neighbouring positions become equal after a few hundred.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.theta, self.head_dim = config.rope_theta, config.head_dim
+
+    def forward(self, x_BHTP: Tensor, context: BatchContext) -> Tensor:
+        """(B, H, T, P) rotated, in the same dtype; T is `context.num_columns`."""
+        half = torch.arange(self.head_dim // 2, device=x_BHTP.device, dtype=torch.float32)
+        rates = self.theta ** (-2 * half / self.head_dim)
+        angles = context.positions(x_BHTP.device)[:, None, :, None].float() * rates
+        cos, sin = angles.cos(), angles.sin()
+        first, second = x_BHTP.to(torch.promote_types(x_BHTP.dtype, torch.float32)).chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated.to(x_BHTP.dtype)
+
+
+_CLASSES = {Position.NONE: NoPosition, Position.ROPE: Rotary}
+
+
+def make_position(config: ModelConfig) -> nn.Module:
+    """The configured treatment of positions."""
+    return _CLASSES[config.position](config)

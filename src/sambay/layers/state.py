@@ -1,0 +1,144 @@
+"""The state one layer keeps between forwards; a cache holds one per layer that needs it.
+
+Buffers are allocated once and written in place. All rows stand at the same column, given by
+`context.offset`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sambay.errors import ConfigError
+from sambay.layers.context import BatchContext
+
+
+class LayerState:
+    """A set of named buffers whose first dimension is the row of the batch."""
+
+    def __init__(self, **buffers: Tensor) -> None:
+        self.buffers = buffers
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def select_rows(self, index: Tensor) -> None:
+        """Keep only the rows in `index` (int64), in that order."""
+        self.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
+
+
+class MambaState(LayerState):
+    """Convolution inputs (B, d_conv - 1, E), oldest first, and scan state (B, E, N); float32."""
+
+    def __init__(self, batch: int, d_conv: int, E: int, N: int, device: torch.device) -> None:
+        super().__init__(
+            conv=torch.zeros(batch, d_conv - 1, E, device=device),
+            ssm=torch.zeros(batch, E, N, device=device),
+        )
+
+
+class KVState(LayerState):
+    """Keys and values of attention, (B, K, columns, P) each."""
+
+    def __init__(
+        self, batch: int, K: int, columns: int, P: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (batch, K, columns, P)
+        super().__init__(
+            keys=torch.empty(shape, dtype=dtype, device=device),
+            values=torch.empty(shape, dtype=dtype, device=device),
+        )
+
+    @property
+    def columns(self) -> int:
+        """The number of columns there is room for."""
+        return self.buffers["keys"].shape[2]
+
+    def append(
+        self, keys: Tensor, values: Tensor, context: BatchContext
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new columns; returns keys and values to attend to, and `starts` among them."""
+        raise NotImplementedError
+
+
+class FullKV(KVState):
+    """Every column; the only state of the family that grows with the text."""
+
+    def append(
+        self, keys: Tensor, values: Tensor, context: BatchContext
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new columns; returns all columns up to now, without a copy.
+
+        Raises:
+            ConfigError: the cache has no room left.
+        """
+        end = context.offset + keys.shape[2]
+        if end > self.columns:
+            raise ConfigError(
+                f"cache: column {end} does not fit a capacity of {self.columns}; "
+                "allocate the cache for prompt plus new tokens"
+            )
+        for name, new in (("keys", keys), ("values", values)):
+            self.buffers[name][:, :, context.offset : end] = new
+        keys, values = (self.buffers[name][:, :, :end] for name in ("keys", "values"))
+        return keys, values, context.starts
+
+    def grow(self, columns: int) -> None:
+        """Make room for `columns` columns, keeping what is stored."""
+        for name, old in self.buffers.items():
+            new = old.new_empty(*old.shape[:2], columns, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            self.buffers[name] = new
+
+
+class WindowKV(KVState):
+    """A ring of the last `columns` columns: column c lies in slot c modulo its size."""
+
+    def append(
+        self, keys: Tensor, values: Tensor, context: BatchContext
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new columns; returns those that the new queries can see.
+
+        A chunk gets the older columns in order before its own. A single column may get the ring as
+        it lies, since a softmax does not care for order: then every slot is visible.
+        """
+        T, size = keys.shape[2], self.columns
+        if T == 1:
+            return self._append_one(keys, values, context)
+        first, end = max(context.offset - size, 0), context.offset + T
+        kept = min(T, size)
+        slots = torch.arange(end - kept, end, device=keys.device) % size
+        visible = []
+        for name, new in (("keys", keys), ("values", values)):
+            visible.append(torch.cat((self._in_order(name, context.offset), new), dim=2))
+            self.buffers[name][:, :, slots] = new[:, :, T - kept :]
+        return visible[0], visible[1], _shifted(context, first)
+
+    def _append_one(
+        self, keys: Tensor, values: Tensor, context: BatchContext
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        slot, end = context.offset % self.columns, context.offset + 1
+        for name, new in (("keys", keys), ("values", values)):
+            self.buffers[name][:, :, slot : slot + 1] = new
+        first = max(end - self.columns, 0)
+        if context.max_start > first:  # some slots are padding: order matters to `starts`
+            keys, values = (self._in_order(name, end) for name in ("keys", "values"))
+            return keys, values, _shifted(context, first)
+        keys, values = (self.buffers[name][:, :, :end] for name in ("keys", "values"))
+        return keys, values, None
+
+    def _in_order(self, name: str, end: int) -> Tensor:
+        """The stored columns before column `end`, oldest first."""
+        ring, slot = self.buffers[name], end % self.columns
+        if end <= self.columns:
+            return ring[:, :, :end]
+        return torch.cat((ring[:, :, slot:], ring[:, :, :slot]), dim=2)
+
+
+def _shifted(context: BatchContext, first: int) -> Tensor | None:
+    """`starts` counted from column `first`; None once no row has padding from there on."""
+    if context.starts is None or context.max_start <= first:
+        return None
+    return context.starts - first

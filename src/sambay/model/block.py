@@ -1,0 +1,44 @@
+"""One block: a mixer and an MLP, each behind its norm, on a float32 residual stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sambay.layers.attention import CrossAttention, SelfAttention
+from sambay.layers.context import BatchContext, SharedStates
+from sambay.layers.gated_memory import GatedMemoryUnit
+from sambay.layers.mamba import Mamba
+from sambay.layers.mlp import SwiGLU
+from sambay.layers.norm import make_norm
+from sambay.layers.state import LayerState
+from sambay.spec import LayerKind, LayerSpec, ModelConfig
+
+MIXERS: dict[LayerKind, type[nn.Module]] = {
+    LayerKind.MAMBA: Mamba,
+    LayerKind.SLIDING: SelfAttention,
+    LayerKind.FULL: SelfAttention,
+    LayerKind.GATED_MEMORY: GatedMemoryUnit,
+    LayerKind.CROSS: CrossAttention,
+}
+
+
+class Block(nn.Module):
+    """x + rm * mixer(norm(x)), then x + rm * mlp(norm(x)); rm is the residual multiplier."""
+
+    def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
+        super().__init__()
+        self.mixer_norm = make_norm(config)
+        self.mixer = MIXERS[layer.kind](config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = SwiGLU(config, layer)
+        self.residual_multiplier = config.residual_multiplier
+
+    def forward(
+        self, x_BTD: Tensor, context: BatchContext, shared: SharedStates, state: LayerState | None
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, T, D) float32 to (B, T or keep, D) float32, and what is shared from here on."""
+        y, shared = self.mixer(self.mixer_norm(x_BTD), context, shared, state)
+        x_BTD = torch.add(context.select(x_BTD), y, alpha=self.residual_multiplier)
+        y, shared = self.mlp(self.mlp_norm(x_BTD), shared)
+        return torch.add(x_BTD, y, alpha=self.residual_multiplier), shared

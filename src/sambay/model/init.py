@@ -1,0 +1,157 @@
+"""Every initialisation in one place.
+
+| parameter                   | standard               | mup_published       | mup_released        |
+| --------------------------- | ---------------------- | ------------------- | ------------------- |
+| matrices                    | N(0, 0.02)             | U(+-1/sqrt(fan in)) | U(+-1/sqrt(fan in)) |
+| ... into the residual       | divided by sqrt(2 L)   | not divided         | divided if tied     |
+| embedding, tied             | N(0, 0.02)             | N(0, 0.02)          | N(0, 0.02)          |
+| embedding and head, untied  | N(0, 1e-4), N(0, 0.02) | N(0, 1e-4), 0       | N(0, 1e-4), 0       |
+
+The same under every scheme:
+
+| convolution, weight and bias | U(+-1/sqrt(d_conv))                                         |
+| dt bias                      | softplus inverse of exp(U(ln 0.001, ln 0.1)), at least 1e-4 |
+| A_log, D                     | ln(1..N) in every row (S4D-real), 1                         |
+| differential lambdas         | N(0, 0.1)                                                   |
+| norms, linear biases         | 1 (bias 0), 0                                               |
+
+L is the depth. "Published" is table 6 of arXiv 2507.06607; the released code divides the residual
+matrices of tied models as well, and that is what the published losses were trained with.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sambay.errors import ConfigError, nearest
+from sambay.layers.attention import CrossAttention, DifferentialMaps
+from sambay.layers.gated_memory import GatedMemoryUnit
+from sambay.layers.mamba import Mamba
+from sambay.layers.mlp import SwiGLU
+from sambay.layers.norm import LayerNorm, RMSNorm
+
+if TYPE_CHECKING:
+    from sambay.model.model import LanguageModel
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+Fill = Callable[[Tensor, Generator], object]
+
+
+class InitScheme(enum.StrEnum):
+    """A column of the table above."""
+
+    STANDARD = "standard"
+    MUP_PUBLISHED = "mup_published"
+    MUP_RELEASED = "mup_released"
+
+
+@torch.no_grad()
+def initialise(
+    model: LanguageModel, scheme: InitScheme | str = InitScheme.MUP_RELEASED, seed: int = 0
+) -> None:
+    """Fill every parameter of a `LanguageModel`.
+
+    Each parameter has a generator of its own, seeded by `seed` and its name, and is drawn on the
+    CPU in float32: the result depends neither on the order of modules nor on device or sharding.
+
+    Raises:
+        ConfigError: an unknown scheme.
+    """
+    if scheme not in list(InitScheme):
+        hint = nearest(str(scheme), [member.value for member in InitScheme])
+        raise ConfigError(f"init scheme '{scheme}' does not exist{hint}")
+    fills = _fills(model, InitScheme(scheme))
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(_seed_of(seed, name))
+        value = torch.empty(parameter.shape, dtype=torch.float32)
+        fills[id(parameter)](value, generator)
+        parameter.copy_(value)
+
+
+def _fills(model: LanguageModel, scheme: InitScheme) -> dict[int, Fill]:
+    """How to fill each parameter, by its identity; outer modules speak before inner ones."""
+    fills: dict[int, Fill] = {}
+
+    def put(parameter: Tensor | None, fill: Fill) -> None:
+        if parameter is not None:
+            fills.setdefault(id(parameter), fill)
+
+    config = model.config
+    mup = scheme is not InitScheme.STANDARD
+    divided = not mup or (scheme is InitScheme.MUP_RELEASED and config.tie_embeddings)
+    into_residual = 1 / math.sqrt(2 * config.num_layers) if divided else 1.0
+
+    put(model.embedding.weight, _normal(0.02 if config.tie_embeddings else 1e-4))
+    put(model.head.weight, _constant(0.0) if mup else _normal(0.02))
+    for module in model.modules():
+        match module:
+            case SwiGLU() | GatedMemoryUnit() | CrossAttention():
+                put(module.out_proj.weight, _matrix(scheme, into_residual))
+            case Mamba():
+                put(module.out_proj.weight, _matrix(scheme, into_residual))
+                put(module.conv_weight, _uniform(config.d_conv))
+                put(module.conv_bias, _uniform(config.d_conv))
+                put(module.dt_bias, _time_step_bias)
+                put(module.A_log, _s4d_real)
+                put(module.D, _constant(1.0))
+            case DifferentialMaps():
+                for name in module.float32_parameters:
+                    put(getattr(module, name), _normal(0.1))
+                put(module.norm_weight, _constant(1.0))
+            case nn.Linear():
+                put(module.weight, _matrix(scheme, 1.0))
+                put(module.bias, _constant(0.0))
+            case RMSNorm():
+                put(module.weight, _constant(1.0))
+            case LayerNorm():
+                put(module.weight, _constant(1.0))
+                put(module.bias, _constant(0.0))
+    return fills
+
+
+def _matrix(scheme: InitScheme, factor: float) -> Fill:
+    def fill(value: Tensor, generator: Generator) -> None:
+        if scheme is InitScheme.STANDARD:
+            value.normal_(0, 0.02, generator=generator)
+        else:
+            _uniform(value.shape[1])(value, generator)
+        value.mul_(factor)
+
+    return fill
+
+
+def _uniform(fan_in: int) -> Fill:
+    bound = 1 / math.sqrt(fan_in)
+    return lambda value, generator: value.uniform_(-bound, bound, generator=generator)
+
+
+def _normal(std: float) -> Fill:
+    return lambda value, generator: value.normal_(0, std, generator=generator)
+
+
+def _constant(constant: float) -> Fill:
+    return lambda value, generator: value.fill_(constant)
+
+
+def _time_step_bias(value: Tensor, generator: Generator) -> None:
+    """softplus(bias) is log-uniform between DT_MIN and DT_MAX."""
+    value.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator)
+    value.exp_().clamp_(min=DT_FLOOR)
+    value.copy_(value + torch.log(-torch.expm1(-value)))
+
+
+def _s4d_real(value: Tensor, generator: Generator) -> None:
+    value.copy_(torch.arange(1, value.shape[1] + 1).log().expand_as(value))
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
