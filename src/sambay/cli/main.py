@@ -1,0 +1,83 @@
+"""The `sambay` command: finds the subcommand, and turns errors into one line and an exit code.
+
+Each subcommand is a module of this package with `add_arguments(parser)` and `run(args)`, which may
+return an exit code. It is imported only when it is called, and none needs torch for its `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from sambay import __version__
+from sambay.errors import SambayError, nearest
+
+COMMANDS = {
+    "prepare": "turn files of text into token shards with a tokenizer",
+    "train": "train a model by a recipe; continues where an earlier run stopped",
+    "generate": "let a trained model continue a prompt",
+    "doctor": "show versions, devices and which implementation of each operation is available",
+    "bench": "measure prefill, decode and training speed on this machine",
+}
+_EXIT_ERROR, _EXIT_INTERRUPTED, _EXIT_BROKEN_PIPE = 2, 130, 141
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 2 for a user's mistake (explained in one line), 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except SambayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output is gone (`sambay ... | head`); keep Python from flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BROKEN_PIPE
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        parser = _top_parser()
+        parser.parse_args(words)  # answers --help and --version, refuses other options
+        parser.print_help()
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        raise SambayError(f"unknown command '{name}'{nearest(name, COMMANDS)}")
+    command = importlib.import_module(f"sambay.cli.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"sambay {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(rest)) or 0
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(len(name) for name in COMMANDS)
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="sambay",
+        usage="sambay COMMAND [options]",
+        description="SambaY and its family: prepare text, train, generate and measure.",
+        epilog=f"commands:\n{listing}\n\n`sambay COMMAND --help` explains one of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sambay {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

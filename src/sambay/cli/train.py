@@ -1,0 +1,86 @@
+"""Train a model by a recipe.
+
+RECIPE is a name (see below), FILE.py:FUNCTION, or the config.json of an earlier run. Running the
+same command again continues from the last checkpoint; Ctrl-C saves one first.
+
+example:
+  sambay train demo_sambay optimizer.peak_learning_rate=1e-3 --run-dir runs/first
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `sambay train`."""
+    from sambay.recipes.catalogue import RECIPES
+
+    parser.epilog = "recipes:\n" + "\n".join(
+        f"  {name:<18} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
+    )
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="changes to the recipe, for example data.directory=my/data model.window=64",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print sizes and a memory estimate, and stop",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="remove the run that is in DIR and start again"
+    )
+    parser.add_argument(
+        "--change-schedule",
+        action="store_true",
+        help="continue although `optimizer` or `schedule` differ from the checkpoint's",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code: 0 when finished, 128 + signal number when stopped by one."""
+    from sambay.cli.overrides import apply_overrides
+    from sambay.recipes.catalogue import find_recipe
+    from sambay.train.plan import check_data, describe, describe_data
+
+    name, config = find_recipe(args.recipe)
+    config = apply_overrides(config, args.overrides)
+    run_dir: Path = args.run_dir or Path("runs") / name
+    facts = [("run", f"{name} in {run_dir}"), *describe(config)]
+    if args.dry_run:
+        _print_table(facts)
+        _print_table([describe_data(config, check_data(config))])
+        return 0
+    manifest = check_data(config)
+    _print_table([*facts, describe_data(config, manifest)])
+
+    from sambay.train.loop import train
+
+    outcome = train(config, run_dir, fresh=args.fresh, change_schedule=args.change_schedule)
+    if outcome.stopped_by is not None:
+        print(f"stopped at step {outcome.progress.step}; run the same command to continue")
+        return 128 + outcome.stopped_by
+    evaluation = outcome.evaluation
+    if evaluation is None:
+        print(f"already finished at step {outcome.progress.step}; --fresh starts again")
+    else:
+        print(
+            f"finished {outcome.progress.step} steps, {outcome.progress.tokens:,} tokens: "
+            f"validation loss {evaluation.loss:.4f} nats/token, "
+            f"{evaluation.bits_per_byte:.4f} bits/byte on {evaluation.tokens:,} tokens"
+        )
+    print(f"model: {run_dir / 'model'}")
+    return 0
+
+
+def _print_table(facts: list[tuple[str, str]]) -> None:
+    for topic, text in facts:
+        print(f"{topic:<13} {text}", flush=True)

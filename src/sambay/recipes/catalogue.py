@@ -1,0 +1,74 @@
+"""Finding a recipe: by name, in a Python file, or in the config.json of an earlier run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from sambay.errors import ConfigError, nearest
+from sambay.recipes import demo, published, small
+from sambay.train.config import RunConfig, read_run_config
+
+Recipe = Callable[[], RunConfig]
+
+RECIPES: dict[str, Recipe] = {
+    recipe.__name__: recipe
+    for recipe in (
+        demo.demo_sambay,
+        demo.demo_transformer,
+        small.sambay_20m,
+        small.transformer_20m,
+        published.sambay_1b,
+        published.transformer_1b,
+    )
+}
+
+
+def find_recipe(text: str) -> tuple[str, RunConfig]:
+    """A short name for the run and its configuration.
+
+    `text` is a name in `RECIPES`, `path/to/file.py:function`, or the path of a config.json (or of
+    the run directory it is in).
+
+    Raises:
+        ConfigError: nothing of the kind exists (suggests the nearest name), or it is no recipe.
+    """
+    if text in RECIPES:
+        return text, RECIPES[text]()
+    path_text, colon, function = text.rpartition(":")
+    if colon and path_text.endswith(".py"):
+        return function, _from_file(Path(path_text), function)
+    path = Path(text)
+    if path.suffix == ".json" or path.is_dir():
+        file = path / "config.json" if path.is_dir() else path
+        return file.resolve().parent.name, read_run_config(file)
+    if path.suffix == ".py":
+        raise ConfigError(f"recipe '{text}' names no function; write {text}:FUNCTION")
+    raise ConfigError(
+        f"unknown recipe '{text}'{nearest(text, RECIPES)}; a recipe is one of these names, "
+        "FILE.py:FUNCTION, or the config.json of an earlier run"
+    )
+
+
+def _from_file(path: Path, function: str) -> RunConfig:
+    if not path.is_file():
+        raise ConfigError(f"recipe file {path} does not exist; check the path before ':'")
+    specification = importlib.util.spec_from_file_location(f"_recipe_{path.stem}", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        raise ConfigError(f"recipe file {path} cannot be imported: {error}") from error
+    recipe = getattr(module, function, None)
+    if not callable(recipe):
+        functions = [name for name, value in vars(module).items() if callable(value)]
+        raise ConfigError(f"{path} has no function '{function}'{nearest(function, functions)}")
+    config = recipe()
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{path}:{function} returns {type(config).__name__}; a recipe returns a RunConfig"
+        )
+    return config

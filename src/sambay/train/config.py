@@ -1,0 +1,320 @@
+"""What a training run IS: frozen dataclasses, checked when made, to and from JSON; no torch.
+
+Every number that changes the result of a run is a field here and is stored with its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from sambay.errors import ConfigError, nearest
+from sambay.spec.model_config import ModelConfig
+
+FORMAT_VERSION = 1
+_Section = TypeVar("_Section")
+
+
+class Precision(StrEnum):
+    """The number format of the forward and backward pass; weights and optimiser are always fp32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class ScheduleKind(StrEnum):
+    """How the learning rate goes on after the warm-up."""
+
+    LINEAR = "linear"
+    CONSTANT = "constant"
+    COSINE = "cosine"
+    WSD = "wsd"
+
+
+class Device(StrEnum):
+    """Where to compute; "auto" takes CUDA if torch sees it."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class InitScheme(StrEnum):
+    """Names of the initialisation rules of `sambay.model.init`."""
+
+    STANDARD = "standard"
+    MUP_PUBLISHED = "mup_published"
+    MUP_RELEASED = "mup_released"
+
+
+def _check(correct: bool, name: str, value: object, must: str) -> None:
+    if not correct:
+        raise ConfigError(f"{name} = {value!r}; it must be {must}")
+
+
+def _check_int(name: str, value: int, minimum: int) -> None:
+    _check(isinstance(value, int) and value >= minimum, name, value, f"a whole number >= {minimum}")
+
+
+def _check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
+    correct = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+    _check(correct, name, value, f"a number from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the prepared tokens are and how they are cut into training sequences.
+
+    `separate_documents` keeps attention, convolution and scan from crossing a document's end.
+    `verify` compares the checksum of every shard before the run starts.
+    """
+
+    directory: str
+    sequence_length: int = 512
+    separate_documents: bool = False
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        _check(bool(self.directory), "data.directory", self.directory, "a folder")
+        _check_int("data.sequence_length", self.sequence_length, 1)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Weight decay applies to matrix-like parameters only.
+
+    `matrix_learning_rate_factor` multiplies the rate of matrix-like parameters (muP: d0/d).
+    """
+
+    peak_learning_rate: float
+    matrix_learning_rate_factor: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        name = "optimizer.peak_learning_rate"
+        _check_number(name, self.peak_learning_rate, 0.0)
+        _check(self.peak_learning_rate > 0, name, self.peak_learning_rate, "greater than 0")
+        name = "optimizer.matrix_learning_rate_factor"
+        _check_number(name, self.matrix_learning_rate_factor, 0.0)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check_number(f"optimizer.{name}", value, 0.0, 1.0)
+            _check(value < 1, f"optimizer.{name}", value, "less than 1")
+        _check_number("optimizer.eps", self.eps, 0.0)
+        _check_number("optimizer.weight_decay", self.weight_decay, 0.0)
+        _check_number("optimizer.clip_norm", self.clip_norm, 0.0)
+        _check(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "greater than 0")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate as a function of tokens seen; `total_tokens` is also the run's length."""
+
+    total_tokens: int
+    warmup_tokens: int = 0
+    kind: ScheduleKind = ScheduleKind.LINEAR
+    minimum_factor: float = 0.0
+    decay_fraction: float = 2 / 7  # of what follows the warm-up; used by wsd only
+
+    def __post_init__(self) -> None:
+        _check_int("schedule.total_tokens", self.total_tokens, 1)
+        _check_int("schedule.warmup_tokens", self.warmup_tokens, 0)
+        below_total = f"at most schedule.total_tokens ({self.total_tokens})"
+        correct = self.warmup_tokens <= self.total_tokens
+        _check(correct, "schedule.warmup_tokens", self.warmup_tokens, below_total)
+        _check_number("schedule.minimum_factor", self.minimum_factor, 0.0, 1.0)
+        _check_number("schedule.decay_fraction", self.decay_fraction, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Sizes in sequences: what one optimiser step sees, and what one forward pass sees."""
+
+    global_batch_size: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        _check_int("batch.global_batch_size", self.global_batch_size, 1)
+        _check_int("batch.micro_batch_size", self.micro_batch_size, 1)
+        divides = self.global_batch_size % self.micro_batch_size == 0
+        must = f"a divisor of batch.global_batch_size ({self.global_batch_size})"
+        _check(divides, "batch.micro_batch_size", self.micro_batch_size, must)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When to measure on the validation split, and on how many tokens (None: all of them)."""
+
+    every_steps: int = 250
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("evaluation.every_steps", self.every_steps, 1)
+        if self.max_tokens is not None:
+            _check_int("evaluation.max_tokens", self.max_tokens, 1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save; the last `keep` stay, and so does every `keep_every_steps`-th if given."""
+
+    every_steps: int = 250
+    keep: int = 2
+    keep_every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("checkpoint.every_steps", self.every_steps, 1)
+        _check_int("checkpoint.keep", self.keep, 1)
+        if self.keep_every_steps is not None:
+            _check_int("checkpoint.keep_every_steps", self.keep_every_steps, 1)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """How often a line goes to metrics.jsonl, and whether TensorBoard gets the same numbers."""
+
+    every_steps: int = 1
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        _check_int("logging.every_steps", self.every_steps, 1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a training run needs to know."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    batch: BatchConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    precision: Precision = Precision.FP32
+    init_scheme: InitScheme = InitScheme.MUP_RELEASED
+    seed: int = 0
+    activation_checkpointing: bool = False
+    device: Device = Device.AUTO
+    threads: int | None = None  # None: as many as torch chooses
+
+    def __post_init__(self) -> None:
+        _check_int("seed", self.seed, 0)
+        if self.threads is not None:
+            _check_int("threads", self.threads, 1)
+        if self.num_steps < 1:
+            raise ConfigError(
+                f"schedule.total_tokens = {self.schedule.total_tokens} is less than one step of "
+                f"{self.tokens_per_step} tokens (batch.global_batch_size x data.sequence_length); "
+                "raise it or use a smaller batch"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch_size * self.data.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Whole steps within the token budget; what is left over is not trained on."""
+        return self.schedule.total_tokens // self.tokens_per_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary that `from_dict` turns back into an equal configuration."""
+        values: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": self.model.to_dict()}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name != "model":
+                values[item.name] = _plain(value)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """The configuration written by `to_dict`; absent fields take their defaults.
+
+        Raises:
+            ConfigError: an unknown or missing field, a value of the wrong type, or a newer format.
+        """
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version = {version!r}; this version of sambay reads {FORMAT_VERSION}, so "
+                "this is not a run configuration or was written by another version"
+            )
+        return _section_from_dict(cls, values, "")
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """The configuration in a run's config.json.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or does not describe a run (names the file).
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; give the path of a run's config.json") from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as a run configuration: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a run configuration: it holds no JSON object")
+    try:
+        return RunConfig.from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        names = [item.name for item in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name)) for name in names}
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def _section_from_dict(cls: type[_Section], values: dict[str, Any], prefix: str) -> _Section:
+    hints = get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(f"unknown field '{prefix}{name}'{nearest(name, hints)}")
+    made: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if item.name not in values:
+            required = item.default is dataclasses.MISSING
+            if required and item.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"field '{prefix}{item.name}' is missing")
+            continue
+        value, hint = values[item.name], hints[item.name]
+        made[item.name] = _value_from_json(value, hint, f"{prefix}{item.name}")
+    return cls(**made)
+
+
+def _value_from_json(value: Any, hint: Any, name: str) -> Any:
+    if hint is ModelConfig:
+        _check(isinstance(value, dict), name, value, "a group of fields")
+        return ModelConfig.from_dict(value)
+    if dataclasses.is_dataclass(hint):
+        _check(isinstance(value, dict), name, value, "a group of fields")
+        assert isinstance(hint, type)
+        return _section_from_dict(hint, value, f"{name}.")
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        names = [member.value for member in hint]
+        if value not in names:
+            hint_text = nearest(str(value), names)
+            raise ConfigError(f"{name} = {value!r} is not a known value{hint_text}")
+        return hint(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    allowed = {int: int, float: float, bool: bool, str: str, int | None: (int, type(None))}[hint]
+    correct = isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+    _check(correct, name, value, str(getattr(hint, "__name__", hint)))
+    return value

@@ -1,0 +1,169 @@
+"""What a run will do and need, worked out from its configuration without making the model.
+
+Imports no torch, so `--dry-run` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sambay.data.manifest import TRAIN, VALIDATION, Manifest
+from sambay.errors import ConfigError, DataError
+from sambay.spec.footprint import parameter_count
+from sambay.spec.layers import LayerKind, LayerSpec
+from sambay.spec.model_config import ModelConfig
+from sambay.train.config import Precision, RunConfig
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a training step holds at its peak; all but the last are exact."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_estimate(config: RunConfig) -> MemoryEstimate:
+    """The memory of one training step.
+
+    Weights, gradients and both moments of AdamW are float32; bf16 adds a copy of the weights.
+    Activations are what the layers keep for their backward, counted tensor by tensor, for one
+    micro-batch (with activation checkpointing: the inputs of all blocks and one whole block).
+    """
+    parameters = parameter_count(config.model)
+    is_bf16 = config.precision is Precision.BF16
+    tokens = config.batch.micro_batch_size * config.data.sequence_length
+    model = config.model
+    blocks = [_block_values(model, layer) for layer in model.layers]
+    if config.activation_checkpointing:
+        values = model.num_layers * model.hidden_size + max(blocks)
+    else:
+        values = sum(blocks)
+    activations = tokens * (values * (2 if is_bf16 else 4) + 3 * model.hidden_size * 4)
+    loss_chunk = min(max(2**24 // model.vocab_size, 64), 1024, tokens) * model.vocab_size * 4
+    activations += 2 * loss_chunk + model.vocab_size * model.hidden_size * 4
+    return MemoryEstimate(
+        weights=parameters * (6 if is_bf16 else 4),
+        gradients=parameters * 4,
+        optimizer=parameters * 8,
+        activations=activations,
+    )
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """The size of one checkpoint: float32 weights and two moments."""
+    return parameter_count(config.model) * 12
+
+
+def check_data(config: RunConfig) -> Manifest:
+    """The manifest of the prepared data, once it is certain that this run can use it.
+
+    Raises:
+        DataError: not prepared, or too few tokens for one sequence.
+        ConfigError: the model's vocabulary is not that of the data.
+    """
+    folder = config.data.directory
+    manifest = Manifest.read(Path(folder))
+    if manifest.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer in {folder} has "
+            f"{manifest.vocab_size} entries; set model.vocab_size={manifest.vocab_size} or "
+            f"prepare the data with --vocab-size {config.model.vocab_size}"
+        )
+    length = config.data.sequence_length
+    for split, least in ((TRAIN, length + 1), (VALIDATION, 2)):
+        tokens = manifest.total(split, "tokens")
+        if tokens < least:
+            raise DataError(
+                f"data.sequence_length = {length}: the {split} split of {folder} has {tokens} "
+                f"tokens, at least {least} are needed; prepare more text or shorten the sequence"
+            )
+    return manifest
+
+
+def describe(config: RunConfig) -> list[tuple[str, str]]:
+    """What a person wants to know before starting, as (topic, text) lines."""
+    model, batch, schedule = config.model, config.batch, config.schedule
+    parameters = parameter_count(model)
+    tokens = config.num_steps * config.tokens_per_step
+    optimizer = config.optimizer
+    memory = memory_estimate(config)
+    width = f"hidden {model.hidden_size}, {model.num_heads}/{model.num_kv_heads} heads"
+    window = "" if model.window is None else f", window {model.window}"
+    factor = optimizer.matrix_learning_rate_factor
+    matrices = "" if factor == 1 else f" (matrices x {factor:g})"
+    return [
+        ("architecture", f"{model.layer_pattern}"),
+        (
+            "model",
+            f"{model.num_layers} layers, {width} of {model.head_dim}{window}, "
+            f"vocabulary {model.vocab_size:,}",
+        ),
+        (
+            "parameters",
+            f"{parameters:,} ({parameter_count(model, embeddings=False):,} without embeddings)",
+        ),
+        (
+            "batch",
+            f"{batch.global_batch_size} x {config.data.sequence_length} = "
+            f"{config.tokens_per_step:,} tokens per step, in micro-batches of "
+            f"{batch.micro_batch_size}, {config.precision.value}",
+        ),
+        (
+            "length",
+            f"{config.num_steps:,} steps, {tokens:,} tokens, "
+            f"{tokens / parameters:.3g} tokens per parameter",
+        ),
+        (
+            "optimiser",
+            f"AdamW, peak learning rate {optimizer.peak_learning_rate:g}{matrices}, "
+            f"{schedule.kind.value} schedule, warm-up {schedule.warmup_tokens:,} tokens, "
+            f"weight decay {optimizer.weight_decay:g}, clipping {optimizer.clip_norm:g}",
+        ),
+        (
+            "memory",
+            f"about {_size(memory.total)}: weights {_size(memory.weights)}, gradients "
+            f"{_size(memory.gradients)}, optimiser {_size(memory.optimizer)}, activations about "
+            f"{_size(memory.activations)}",
+        ),
+        (
+            "disk",
+            f"{_size(checkpoint_bytes(config))} per checkpoint, every "
+            f"{config.checkpoint.every_steps} steps, the last {config.checkpoint.keep} kept",
+        ),
+    ]
+
+
+def describe_data(config: RunConfig, manifest: Manifest) -> tuple[str, str]:
+    """The (topic, text) line about the data."""
+    available = manifest.total(TRAIN, "tokens")
+    epochs = config.num_steps * config.tokens_per_step / available
+    return "data", (
+        f"{config.data.directory}: {available:,} training tokens ({epochs:.3g} epochs), "
+        f"{manifest.total(VALIDATION, 'tokens'):,} validation tokens"
+    )
+
+
+def _block_values(model: ModelConfig, layer: LayerSpec) -> int:
+    """Values per token that a block keeps for its backward."""
+    heads, keys = model.attention_size, 2 * model.num_kv_heads * model.head_dim
+    if layer.kind is LayerKind.MAMBA:
+        # convolution input, gate, convolution output, time step, scan output, silu, product
+        mixer = 7 * model.d_inner + model.dt_rank + 2 * model.d_state
+    elif layer.kind is LayerKind.GATED_MEMORY:
+        mixer = 3 * model.memory_size  # gate, silu, product
+    else:
+        mixer = 3 * heads + (0 if layer.kind is LayerKind.CROSS else 2 * keys)
+    # Two norms keep input and output; the MLP keeps gate, value, silu and product.
+    return 4 * model.hidden_size + mixer + 4 * model.intermediate_size
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
