@@ -1,0 +1,61 @@
+"""Small, odd models of every family member: sizes that do not divide each other hide nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sambay.model import LanguageModel, ModelCache, initialise
+from sambay.spec import ModelConfig, presets
+
+VOCAB = 61
+NAMES = presets.NAMES
+
+
+def tiny_config(name: str, **fields: Any) -> ModelConfig:
+    """Depth 8, hidden 36, 4 key heads of 6, 8 query heads, window 5."""
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 36,
+        "intermediate_size": 52,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 6,
+        "d_state": 3,
+    }
+    if "window" in presets.PRESETS[name].fields:
+        shape["window"] = 5
+    return presets.build(name, 8, **(shape | fields))
+
+
+def tiny_model(name: str, *, dtype: torch.dtype = torch.float64, **fields: Any) -> LanguageModel:
+    """A tiny model whose every parameter is random, so that nothing hides behind a zero."""
+    model = LanguageModel(tiny_config(name, **fields))
+    initialise(model, "mup_published", seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                noise = torch.empty(parameter.shape).uniform_(-0.2, 0.2, generator=generator)
+                parameter.add_(noise)
+    return model.to(dtype).eval()
+
+
+def allocate(
+    model: LanguageModel, batch: int, capacity: int, starts: torch.Tensor | None = None
+) -> ModelCache:
+    """A cache in the dtype of the model's weights; recurrent states too if that is float64."""
+    dtype = model.head_weight.dtype
+    cache = ModelCache.allocate(model.config, batch, capacity, dtype, "cpu", starts)
+    if dtype is torch.float64:
+        for state in cache.layers:
+            if state is not None:
+                state.buffers = {name: x.double() for name, x in state.buffers.items()}
+    return cache
+
+
+def random_ids(batch: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """(batch, columns) token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (batch, columns), generator=generator)
