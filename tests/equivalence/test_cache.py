@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 
@@ -13,7 +14,7 @@ from sambay.errors import ConfigError
 from sambay.model import LanguageModel, ModelCache
 from tests.tiny import NAMES, allocate, random_ids, tiny_model
 
-CLOSE = {"rtol": 1e-7, "atol": 1e-9}
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-7, atol=1e-9)
 
 
 def uncached_rows(model: LanguageModel, ids: Tensor, starts: Tensor) -> list[Tensor]:
@@ -46,8 +47,8 @@ def test_chunks_and_steps_equal_the_plain_forward(name: str, seed: int) -> None:
     for row, (start, alone) in enumerate(
         zip(starts.tolist(), uncached_rows(model, ids, starts), strict=True)
     ):
-        torch.testing.assert_close(cached[row, start:], alone, **CLOSE)
-        torch.testing.assert_close(padded[row, start:], alone, **CLOSE)
+        assert_close(cached[row, start:], alone)
+        assert_close(padded[row, start:], alone)
     assert torch.isfinite(cached).all()
     assert cache.length == length
 
@@ -60,7 +61,7 @@ def test_last_column_only_equals_the_full_forward(name: str, length: int) -> Non
     ids = random_ids(2, length)
     last = model(ids, outputs="last")
     assert last.shape[1] == 1
-    torch.testing.assert_close(last, model(ids)[:, -1:], **CLOSE)
+    assert_close(last, model(ids)[:, -1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,7 +77,7 @@ def test_fast_prefill_then_decode_equals_the_plain_forward(name: str) -> None:
     parts += [model(ids[:, t : t + 1], cache=cache) for t in range(20, 30)]
     out = torch.cat(parts, dim=1)
     for row, alone in enumerate(uncached_rows(model, ids, starts)):
-        torch.testing.assert_close(out[row], alone[-11:], **CLOSE)
+        assert_close(out[row], alone[-11:])
 
 
 @pytest.mark.parametrize("name", ["sambay", "sambay+da", "transformer-ls"])
@@ -109,7 +110,7 @@ def test_rows_can_leave(name: str) -> None:
     out = torch.cat([model(ids[keep, t : t + 1], cache=cache) for t in range(12, 20)], dim=1)
     rows = uncached_rows(model, ids, starts)
     for place, row in enumerate(keep.tolist()):
-        torch.testing.assert_close(out[place], rows[row][-8:], **CLOSE)
+        assert_close(out[place], rows[row][-8:])
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def test_a_cache_can_grow() -> None:
     model(ids[:, :6], cache=cache)
     cache.reserve(20)
     rest = model(ids[:, 6:], cache=cache)
-    torch.testing.assert_close(torch.cat((first, rest), dim=1), model(ids), **CLOSE)
+    assert_close(torch.cat((first, rest), dim=1), model(ids))
 
 
 @torch.no_grad()
