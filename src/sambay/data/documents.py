@@ -49,7 +49,7 @@ class ReadingRules(NamedTuple):
     max_document_bytes: int
 
 
-class UnreadableFile(DataError):
+class UnreadableFileError(DataError):
     """A file that cannot be opened or is damaged; its documents are left out as a whole."""
 
 
@@ -59,7 +59,7 @@ def read_documents(
     """The documents of a file from `offset` on; adds to `counts` what was left out or changed.
 
     Raises:
-        UnreadableFile: the operating system refuses, or the content is damaged.
+        UnreadableFileError: the operating system refuses, or the content is damaged.
         MissingPackage: the format needs a package that is not installed.
     """
     try:
@@ -72,7 +72,7 @@ def read_documents(
                 yield from read(stream, rules, counts, offset)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableFile(f"{file.path}: {reason}") from error
+        raise UnreadableFileError(f"{file.path}: {reason}") from error
 
 
 def cut_texts(data: bytes, limit: int) -> Iterator[bytes]:
@@ -253,15 +253,17 @@ def _read_parquet(
             batches = table.iter_batches(_ROWS, row_groups=groups, columns=[rules.text_field])
             for batch in batches:
                 for value in _as_bytes(batch.column(0), pyarrow):
-                    if row >= offset and value is None:
+                    if row < offset:
+                        pass
+                    elif value is None:
                         _note_missing(counts, names)
-                    elif row >= offset:
+                    else:
                         for text in _pieces(value, rules, counts):
                             yield Document(row, text)
                     row += 1
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise UnreadableFile(f"{file.path}: {reason}") from error
+        raise UnreadableFileError(f"{file.path}: {reason}") from error
 
 
 def _as_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:

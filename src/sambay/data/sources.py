@@ -73,6 +73,7 @@ def list_files(
             paths = [str(root)]
         else:
             paths = _walk(root, include, exclude, out, skipped, unreadable)
+        usable = 0
         for path in paths:
             try:
                 status = os.stat(path)
@@ -82,6 +83,7 @@ def list_files(
             if not stat.S_ISREG(status.st_mode):
                 skipped["special_files"] += 1
                 continue
+            usable += 1
             identity = os.path.realpath(path) if os.path.islink(path) else path
             kind, compression = classify(path)
             file = SourceFile(path, kind, compression, status.st_size, status.st_mtime_ns, number)
@@ -92,7 +94,7 @@ def list_files(
                 skipped["repeated_files"] += 1
                 if os.fsencode(path) < os.fsencode(found[identity].path):
                     found[identity] = file
-        if not paths:
+        if not usable:
             raise DataError(_explain_empty(root, include, exclude, unreadable))
     files = tuple(sorted(found.values(), key=lambda file: os.fsencode(file.path)))
     return Listing(tuple(roots), files, dict(sorted(skipped.items())), tuple(sorted(unreadable)))

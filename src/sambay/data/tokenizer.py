@@ -102,7 +102,7 @@ class Tokenizer:
             raise DataError(
                 f"tokenizer {path}: {error.strerror}; give a {TOKENIZER_FILE} or its folder"
             ) from error
-        except Exception as error:  # noqa: BLE001  the library raises bare Exception
+        except Exception as error:  # the library knows no narrower one
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"tokenizer {file} cannot be read ({reason}); give a {TOKENIZER_FILE} "
@@ -241,19 +241,24 @@ class Tokenizer:
 
     def _encode_piece(self, piece: str) -> list[int]:
         ids = self._run(piece)
-        if self.eos_token in piece and self.eos_id in ids:
-            # A token that is not marked special is found in texts all the same: hide it by a cut.
+        if self.eos_id in ids:
+            # A token that is not marked special is found in texts all the same: cut its name.
             first, second = self.eos_token[:1], self.eos_token[1:]
-            texts = piece.replace(self.eos_token, first + "\0" + second).split("\0")
-            assert "\0" not in self.eos_token
+            parts = piece.split(self.eos_token)
+            texts = [second * (number > 0) + part + first for number, part in enumerate(parts)]
+            texts[-1] = texts[-1].removesuffix(first)
             ids = [token for text in texts for token in self._run(text)]
-        assert self.eos_id not in ids
+            if self.eos_id in ids:
+                raise DataError(
+                    f"a text holds {self.eos_token!r}, which this tokenizer cannot tell from its "
+                    "end-of-sequence token; choose another one with --eos-token"
+                )
         return ids
 
     def _run(self, text: str) -> list[int]:
         try:
             return self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except UnicodeEncodeError as error:
+        except TypeError as error:
             raise DataError(
                 "the text holds half of a surrogate pair and cannot be encoded; "
                 "replace what is not valid Unicode"

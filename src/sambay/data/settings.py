@@ -1,0 +1,85 @@
+"""The choices of `sambay prepare` that decide what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from sambay.data.documents import ReadingRules
+from sambay.errors import ConfigError
+
+# 256 bytes and the end-of-sequence token.
+SMALLEST_VOCAB = 257
+SMALLEST_DOCUMENT_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What to read and how to write it; the same settings and sources give the same bytes.
+
+    Exactly one of `vocab_size` (train a tokenizer of that size) and `tokenizer` (path of a
+    tokenizer.json or its folder) is given.
+
+    Attributes:
+        eos_token: end-of-sequence token of `tokenizer`, where its files do not name it.
+        text_field: field of JSON lines, column of Parquet files.
+        include, exclude: glob patterns for files found in folders.
+        validation_fraction: share of the documents in the validation split, chosen by a hash of
+            their content.
+        shard_tokens: approximate tokens per shard; None: 64 shards of 1 to 256 MiB of text.
+        max_document_bytes: longer texts are cut at a line break into several documents.
+        document_separator: where plain texts are cut into documents; "" for one per file.
+    """
+
+    vocab_size: int | None = None
+    tokenizer: str | None = None
+    eos_token: str | None = None
+    text_field: str = "text"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    validation_fraction: float = 0.01
+    shard_tokens: int | None = None
+    max_document_bytes: int = 16 << 20
+    document_separator: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.vocab_size is None) == (self.tokenizer is None):
+            raise ConfigError(
+                "give one of --vocab-size N (train a tokenizer) and --tokenizer PATH (use one)"
+            )
+        if self.vocab_size is not None:
+            if self.vocab_size < SMALLEST_VOCAB:
+                raise ConfigError(
+                    f"--vocab-size {self.vocab_size} is too small; it must be at least "
+                    f"{SMALLEST_VOCAB} (256 bytes and the end of text)"
+                )
+            if self.eos_token is not None:
+                raise ConfigError(
+                    "--eos-token belongs to --tokenizer; a trained tokenizer has its own, drop it"
+                )
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(
+                f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1"
+            )
+        if self.shard_tokens is not None and self.shard_tokens < 1:
+            raise ConfigError(f"--shard-tokens {self.shard_tokens} must be at least 1")
+        if self.max_document_bytes < SMALLEST_DOCUMENT_LIMIT:
+            raise ConfigError(
+                f"--max-document-bytes {self.max_document_bytes} must be at least "
+                f"{SMALLEST_DOCUMENT_LIMIT}"
+            )
+
+    @property
+    def reading(self) -> ReadingRules:
+        return ReadingRules(self.text_field, self.document_separator, self.max_document_bytes)
+
+    def record(self) -> dict[str, Any]:
+        """The settings as the manifest keeps them, where fingerprints stand for tokenizers."""
+        fields = dataclasses.asdict(self)
+        del fields["tokenizer"], fields["eos_token"]
+        return {
+            **fields,
+            "include": sorted(set(self.include)),
+            "exclude": sorted(set(self.exclude)),
+        }
