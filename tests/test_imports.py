@@ -20,7 +20,7 @@ ROWS = (
     ("ops", "plots"),
     ("layers",),
     ("model",),
-    ("generate", "scaling"),
+    ("generate", "scaling", "speed"),
     ("train",),
     ("recipes",),
     ("cli",),

@@ -1,0 +1,110 @@
+"""Measure training, prefill and decode speed of recipes' models on this machine.
+
+Models are freshly initialised, so no data is needed. Their readings alternate, so the ratios hold
+even on a noisy machine; of several readings the fastest counts.
+
+example:
+  sambay bench demo_sambay demo_transformer --contexts 512 4096 16384 --json speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sambay.errors import ConfigError
+
+DEFAULT_RECIPES = ["demo_sambay", "demo_transformer"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `sambay bench`."""
+    parser.add_argument(
+        "recipes", nargs="*", metavar="RECIPE", help=f"default: {' '.join(DEFAULT_RECIPES)}"
+    )
+    parser.add_argument(
+        "--contexts", nargs="+", type=int, default=[512, 2048, 8192], metavar="N",
+        help="context lengths in tokens (512 2048 8192)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows (1)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="readings, the fastest counts (3)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (all)")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0.
+
+    Raises:
+        ConfigError: an unknown recipe or device, or a number below 1.
+    """
+    for name, values in (
+        ("--contexts", args.contexts),
+        ("--batch-size", [args.batch_size]),
+        ("--repeats", [args.repeats]),
+        ("--threads", [1 if args.threads is None else args.threads]),
+    ):
+        if min(values) < 1:
+            raise ConfigError(f"{name} {min(values)} is too small; it must be at least 1")
+    report = _measure(args)
+    if args.json is not None:
+        from sambay.files import write_json
+
+        write_json(args.json, report)
+        print(f"\nwritten to {args.json}")
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    import dataclasses
+
+    import torch
+
+    from sambay.cli.doctor import build_report
+    from sambay.model import LanguageModel
+    from sambay.recipes.catalogue import find_recipe
+    from sambay.speed import compare_generation, compare_training
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device; use cpu")
+    if args.device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {args.device} is unknown; use cpu or cuda")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    recipes = dict(find_recipe(text) for text in args.recipes or DEFAULT_RECIPES)
+    models = {name: LanguageModel(recipe.model).to(args.device) for name, recipe in recipes.items()}
+    width = max(map(len, models))
+    first = next(iter(recipes.values()))
+    batch_size, length = first.batch.micro_batch_size, first.data.sequence_length
+    print(f"training step, batch {batch_size} x {length}, float32")
+    training = compare_training(
+        models, batch_size=batch_size, sequence_length=length, repeats=args.repeats
+    )
+    for name, rate in training.items():
+        print(f"  {name:<{width}}  {rate:>9,.0f} tokens/s", flush=True)
+    print(f"generation, batch {args.batch_size}, float32")
+    generation: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    for name, point in compare_generation(
+        models, sorted(args.contexts), batch_size=args.batch_size, repeats=args.repeats
+    ):
+        generation[name].append(dataclasses.asdict(point))
+        print(
+            f"  {name:<{width}}  {point.context:>7,} tokens   "
+            f"prefill {point.prefill_tokens_per_second:>9,.0f} tokens/s   "
+            f"decode {point.decode_tokens_per_second:>7,.0f} tokens/s   "
+            f"cache {point.cache_bytes / 2**20:>7.1f} MiB",
+            flush=True,
+        )
+    return {
+        "environment": build_report(),
+        "training": {
+            "batch_size": batch_size,
+            "sequence_length": length,
+            "tokens_per_second": training,
+        },
+        "generation": generation,
+    }

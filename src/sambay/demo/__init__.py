@@ -1,0 +1,1 @@
+"""`make demo`: from the sources of Python's standard library to two trained models and pictures."""

@@ -1,0 +1,88 @@
+"""What the documents promise exists: commands, make targets, files, links, and running examples."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = "\n".join(blocks(text, "sh")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def sambay_commands() -> list[list[str]]:
+    return [words for words in commands(README) if words and words[0] == "sambay"]
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) < 200
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_exist(document: Path) -> None:
+    named = {words[1] for words in commands(document.read_text()) if words[:1] == ["make"]}
+    named |= set(re.findall(r"`make ([a-z]+)", document.read_text()))
+    assert named <= set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        if not target.startswith("https://"):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_map_lists_folders_that_exist() -> None:
+    named = re.findall(r"^((?:src|tests|docs|benchmarks)\S*/) ", README, flags=re.MULTILINE)
+    assert len(named) > 8
+    for folder in named:
+        assert any((ROOT / folder).iterdir()), folder
+
+
+def test_every_subcommand_is_shown_and_answers_help() -> None:
+    shown = {words[1] for words in sambay_commands()}
+    assert {"prepare", "train", "generate", "doctor"} <= shown
+    for name in shown:
+        result = subprocess.run(
+            [sys.executable, "-m", "sambay.cli.main", name, "--help"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert "usage:" in result.stdout
+
+
+@pytest.mark.parametrize("words", sambay_commands(), ids=" ".join)
+def test_options_shown_are_accepted(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(f"sambay.cli.{words[1]}").add_arguments(parser)
+    parser.parse_args(words[2:])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_examples_run(document: Path, tmp_path: Path) -> None:
+    for example in blocks(document.read_text(), "python"):
+        result = subprocess.run(
+            [sys.executable, "-c", example],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
