@@ -1,0 +1,115 @@
+"""The C++ kernels as functions that ctypes can call, or the reason why there are none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sambay.ops.native import builder
+
+# p: a pointer, as an integer address or None; i: an integer.
+_SIGNATURES = {
+    "sambay_scan_workspace": ("iiii", ctypes.c_int64),
+    "sambay_scan_forward": ("piipiippiipiippppiiiiiii" + "ppp", None),
+    "sambay_scan_backward": ("piipiippiipiippppiiiiiii" + "piippppppppppp", None),
+    "sambay_scan_step": ("pipippipipppppiiiii", None),
+    "sambay_conv_workspace": ("iiii", ctypes.c_int64),
+    "sambay_conv_forward": ("piippppiiiiii" + "p", None),
+    "sambay_conv_backward": ("piippppiiiiii" + "piipppp", None),
+    "sambay_conv_step": ("pippppiiiiii", None),
+    "sambay_use_openmp": ("p", None),
+}
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
+
+_log = logging.getLogger("sambay.ops")
+_lock = threading.Lock()
+_outcome: ctypes.CDLL | str | None = None
+
+
+# Traced code cannot compile C++; the answer is one for the whole process.
+@torch.compiler.assume_constant_result
+def why_unavailable() -> str | None:
+    """None if the kernels are ready (they are built on the first call), else the reason."""
+    global _outcome
+    with _lock:
+        if _outcome is None:
+            try:
+                _outcome = _prepare(builder.load())
+            except builder.BuildError as error:
+                _outcome = str(error)
+                _log.warning("no C++ kernels, slower torch code is used instead: %s", error)
+    return _outcome if isinstance(_outcome, str) else None
+
+
+def serves(tensor: Tensor | None) -> str | None:
+    """None if the kernels can work on this tensor's device and dtype, else the reason."""
+    if tensor is not None:
+        if tensor.device.type != "cpu":
+            return f"it computes on the CPU, the tensors are on {tensor.device.type}"
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            return f"it takes float32 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
+    return why_unavailable()
+
+
+@functools.cache
+def kernels() -> Any:
+    """The library of kernels; only to be asked for where `why_unavailable` said None."""
+    reason = why_unavailable()
+    assert reason is None, reason
+    return _outcome
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last axis is contiguous, as kernels expect, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _prepare(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, (parameters, result) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = [_KINDS[parameter] for parameter in parameters]
+        function.restype = result
+    openmp = _find_openmp()
+    if openmp is None:
+        _log.info("torch's OpenMP runtime was not found; the C++ kernels start their own threads")
+    else:
+        library.sambay_use_openmp(ctypes.cast(openmp, ctypes.c_void_p))
+    return library
+
+
+def _find_openmp() -> Any:
+    """GOMP_parallel of the OpenMP runtime that torch has loaded, or None.
+
+    It is shared because the threads of a second one would fight with torch's for the cores.
+    """
+    for path in _mapped_openmp():
+        try:
+            return ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _mapped_openmp() -> list[Path]:
+    """The OpenMP runtimes in this process, torch's own first."""
+    home = Path(torch.__file__).parent
+    pattern = re.compile(r"lib(gomp|omp|iomp5)\b.*\.(so|dylib)")
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            mapped = {line.split(maxsplit=5)[-1].strip() for line in file if "omp" in line}
+    except OSError:
+        mapped = {str(path) for path in (home / "lib").glob("lib*omp*")}
+    found = [Path(name) for name in sorted(mapped) if pattern.match(Path(name).name)]
+    return sorted(found, key=lambda path: home.parent not in path.parents)
