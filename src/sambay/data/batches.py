@@ -121,8 +121,8 @@ def _evaluation_batch(
 def _tensors(
     windows: np.ndarray, eos_id: int, segments: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    inputs = np.ascontiguousarray(windows[:, :-1])
-    labels = np.ascontiguousarray(windows[:, 1:])
+    # Copies, since the windows may be views that overlap.
+    inputs, labels = windows[:, :-1].copy(), windows[:, 1:].copy()
     numbers = None
     if segments:
         ended = np.cumsum(inputs == eos_id, axis=1, dtype=np.int32)

@@ -99,13 +99,8 @@ class Plan:
 def make_plan(
     listing: Listing, scan: Scan, settings: PrepareSettings, tokenizer: Tokenizer
 ) -> Plan:
-    """The plan for these documents.
-
-    Raises:
-        DataError: one of the splits would be empty (names the fraction that avoids it).
-    """
+    """The plan for these documents."""
     validation = are_validation(scan.hashes, settings.validation_fraction)
-    _check_splits(scan, validation, settings.validation_fraction)
     ends = np.cumsum(scan.sizes)
     # A document belongs to the stretch of text in which it begins; no stretch is left empty.
     stretch = (ends - scan.sizes) // _unit_bytes(scan, settings, tokenizer)
@@ -193,9 +188,14 @@ def _segments(scan: Scan, start: int, stop: int) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _check_splits(scan: Scan, validation: np.ndarray, fraction: float) -> None:
-    held_out = int(validation.sum())
-    total = len(validation)
+def check_splits(scan: Scan, fraction: float) -> None:
+    """Refuse a division that leaves a split empty.
+
+    Raises:
+        DataError: names a fraction that avoids it.
+    """
+    held_out = int(are_validation(scan.hashes, fraction).sum())
+    total = len(scan.hashes)
     if fraction and not held_out:
         # Above the smallest hash there is one document in validation; rounding must not undo it.
         enough = fraction_of(int(scan.hashes.min())) * 1.001 + 1e-6

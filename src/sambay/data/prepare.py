@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from sambay.data.journal import Journal
 from sambay.data.manifest import MANIFEST_FILE, SPLITS, Manifest, Shard
-from sambay.data.plan import Plan, describe_sources, make_plan
+from sambay.data.plan import Plan, check_splits, describe_sources, make_plan
 from sambay.data.scan import Scan, scan
 from sambay.data.settings import PrepareSettings
 from sambay.data.sources import Listing, list_files
@@ -110,6 +110,7 @@ def prepare(
             run.check_undisturbed(plan, force)
             return run.write(plan, resumed=True)
     scanned = run.scan(listing)
+    check_splits(scanned, settings.validation_fraction)
     tokenizer = given or run.train(scanned)
     plan = make_plan(listing, scanned, settings, tokenizer)
     with run.journal.locked():
@@ -227,10 +228,6 @@ class _Run:
     def train(self, scanned: Scan) -> Tokenizer:
         """A tokenizer trained on the sample, which holds training documents only."""
         assert self.settings.vocab_size is not None
-        if not scanned.sample:
-            raise DataError(
-                "no training document is left to train a tokenizer on; lower --validation-fraction"
-            )
         self._progress.begin("training the tokenizer", None)
         try:
             return Tokenizer.train(scanned.sample, self.settings.vocab_size)
