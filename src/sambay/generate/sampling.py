@@ -75,6 +75,9 @@ def _check(
         raise ConfigError(f"{field} is {value!r}; it must be {wanted}")
 
 
+GREEDY = SamplingParams()
+
+
 def sample_seed(seed: int, index: int) -> int:
     """The seed of sample number `index` of one prompt; sample 0 has `seed` itself.
 

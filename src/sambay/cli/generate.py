@@ -1,0 +1,254 @@
+"""`sambay generate`: continue a prompt with a trained model, streaming to standard output."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sambay.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sambay.generate.engine import Timings
+    from sambay.generate.sampling import SamplingParams
+    from sambay.generate.text import TextCompletion, TextGenerator
+
+HELP = "continue a prompt with a trained model"
+
+EXIT_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `sambay generate`."""
+    parser.description = (
+        "Continue a prompt. The continuation goes to standard output, a line of speeds to standard "
+        "error. Without --prompt and --prompt-file the prompt is read from standard input; of a "
+        "file or of standard input one line break at the end is dropped."
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="PATH", help="a model folder or a training run directory"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    source.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file; - is stdin")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="at most N tokens (256)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (0.8)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="only the K likeliest; 0 is all (0)",
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, metavar="P",
+        help="only the likeliest tokens that hold this probability; 1 is all (0.95)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X",
+        help="above 1 makes tokens that occurred less likely (1)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same text (0)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="continuations to write (1)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights (float32)",
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (all)")
+    parser.add_argument(
+        "--no-stream", action="store_true", help="print the text when it is complete"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, generate and print; 0, or 130 after Ctrl-C.
+
+    Raises:
+        SambayError: anything wrong with the arguments, the model folder or the prompt.
+    """
+    sampling = _sampling(args)
+    prompt = _read_prompt(args)
+    generator = _load(args)
+    interrupted = False
+    with _text_output():
+        try:
+            if args.num_samples == 1 and not args.no_stream:
+                _stream(args, generator, prompt, sampling)
+            else:
+                _print_samples(args, generator, prompt, sampling)
+        except KeyboardInterrupt:
+            interrupted = True
+            print(flush=True)
+    print(_summary(generator.engine.timings), file=sys.stderr)
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    """The checked settings; torch comes along, so not before `run`."""
+    for name in ("max_new_tokens", "num_samples", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} is {value}; it must be at least 1")
+    if args.num_samples > 1 and args.temperature == 0:
+        raise ConfigError(
+            f"--num-samples {args.num_samples} with --temperature 0 would write one text "
+            f"{args.num_samples} times; give a temperature above 0"
+        )
+    if "" in args.stop:
+        raise ConfigError("--stop is empty; give at least one character or leave it out")
+    if not Path(args.model).exists():
+        raise ConfigError(
+            f"--model {args.model} does not exist; give a model folder or a training run directory"
+        )
+    from sambay.generate.sampling import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        text = args.prompt
+    else:
+        text = _read_text(args.prompt_file or "-")
+        text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ConfigError(
+            "the prompt is empty; give some text with --prompt, --prompt-file or standard input"
+        )
+    return text
+
+
+def _read_text(file: str) -> str:
+    name = "standard input" if file == "-" else f"--prompt-file {file}"
+    try:
+        if file != "-":
+            return Path(file).read_bytes().decode("utf-8")
+        if sys.stdin.isatty():
+            print("Type the prompt; end it with Ctrl-D on a line of its own.", file=sys.stderr)
+        return sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror}; give a readable text file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{name} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
+        ) from error
+
+
+def _load(args: argparse.Namespace) -> TextGenerator:
+    import torch
+
+    from sambay.data.tokenizer import Tokenizer
+    from sambay.generate import Engine, TextGenerator
+    from sambay.train.checkpoint import load_checkpoint_model
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    model, _, tokenizer_file = load_checkpoint_model(
+        Path(args.model), dtype=getattr(torch, args.dtype), device=_device(args.device)
+    )
+    return TextGenerator(Engine(model), Tokenizer.load(tokenizer_file))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name} is not a device; say cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+    return device
+
+
+def _stream(
+    args: argparse.Namespace, generator: TextGenerator, prompt: str, sampling: SamplingParams
+) -> None:
+    pieces = generator.stream(
+        prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _print_samples(
+    args: argparse.Namespace, generator: TextGenerator, prompt: str, sampling: SamplingParams
+) -> None:
+    """Print samples in order, each as soon as it and all before it are complete."""
+    waiting: dict[int, str] = {}
+    num_printed = 0
+
+    def show(completion: TextCompletion) -> None:
+        nonlocal num_printed
+        waiting[completion.sample] = completion.text
+        while num_printed in waiting:
+            if args.num_samples > 1:
+                print(f"--- sample {num_printed + 1} of {args.num_samples} ---")
+            print(waiting.pop(num_printed), flush=True)
+            num_printed += 1
+
+    generator.generate(
+        [prompt],
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        num_samples=args.num_samples,
+        on_finished=show,
+    )
+
+
+@contextlib.contextmanager
+def _text_output() -> Iterator[None]:
+    """Standard output that survives characters it cannot show, and a reader that went away."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        yield
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _summary(timings: Timings) -> str:
+    def speed(what: str, tokens: int, seconds: float) -> str:
+        rate = f" ({tokens / seconds:.4g} tokens/s)" if seconds > 0 else ""
+        return f"{what} {tokens} tokens in {seconds:.2f} s{rate}"
+
+    return ", ".join(
+        (
+            speed("prefill", timings.prefill_tokens, timings.prefill_seconds),
+            speed("decode", timings.decode_tokens, timings.decode_seconds),
+        )
+    )

@@ -1,0 +1,334 @@
+"""The cached engine equals generation without a cache, whatever the batch looks like."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from sambay.errors import ConfigError, SambayError
+from sambay.generate import Completion, Engine, Request, SamplingParams, reference_generate
+from sambay.generate import engine as engine_module
+from sambay.model import LanguageModel, ModelCache
+from sambay.spec.footprint import cache_bytes
+from tests import tiny
+from tests.generate.scripted import ScriptedModel
+from tests.tiny import NAMES, VOCAB
+
+pytestmark = pytest.mark.usefixtures("plenty")
+
+
+@cache
+def tiny_model(name: str) -> LanguageModel:
+    return tiny.tiny_model(name, dtype=torch.float32)
+
+
+def random_prompts(seed: int, count: int, longest: int = 23) -> list[list[int]]:
+    chance = random.Random(seed)
+    lengths = [1, longest] + [chance.randint(1, longest) for _ in range(count - 2)]
+    chance.shuffle(lengths)
+    return [[chance.randrange(VOCAB) for _ in range(length)] for length in lengths]
+
+
+class Twin:
+    """What a prompt must give, computed without a cache."""
+
+    def __init__(self, model: LanguageModel, prompt: list[int], most: int) -> None:
+        self.tokens, logits = reference_generate(model, prompt, most)
+        self.logprobs = logits.log_softmax(-1)[range(most), self.tokens].tolist()
+        best = logits.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > 1e-4, "too close to call: choose another seed"
+
+    def assert_equal(self, completion: Completion) -> None:
+        assert completion.tokens == self.tokens
+        assert completion.logprobs == pytest.approx(self.logprobs, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_member_equals_uncached_generation(name: str) -> None:
+    model = tiny_model(name)
+    prompts = random_prompts(seed=1, count=5)
+    limits = [14, 3, 1, 12, 7]
+    requests = [Request(p, n) for p, n in zip(prompts, limits, strict=True)]
+    twins = [Twin(model, p, n) for p, n in zip(prompts, limits, strict=True)]
+    for prefill_chunk in (4, 35, 2048):
+        engine = Engine(model, prefill_chunk=prefill_chunk)
+        completions = engine.generate(requests)
+        for twin, completion in zip(twins, completions, strict=True):
+            assert completion.finish_reason == "length"
+            twin.assert_equal(completion)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 4, 100])
+def test_generate_many_keeps_the_order_and_tells_each_end(max_batch_size: int) -> None:
+    model = tiny_model("sambay")
+    prompts = random_prompts(seed=2, count=9)
+    requests = [Request(p, 1 + i) for i, p in enumerate(prompts)]
+    told: dict[int, list[int]] = {}
+
+    def on_finished(number: int, completion: Completion) -> None:
+        assert number not in told
+        assert completion.finish_reason == "length"
+        told[number] = list(completion.tokens)
+
+    completions = Engine(model).generate_many(
+        requests, max_batch_size=max_batch_size, on_finished=on_finished
+    )
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        Twin(model, prompt, 1 + i).assert_equal(completion)
+        assert told[i] == completion.tokens
+
+
+def test_generate_many_obeys_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("sambay")
+    requests = [Request(p, 4) for p in random_prompts(seed=3, count=8)]
+    sizes: list[int] = []
+    engine = Engine(model)
+    run = engine._run
+
+    def spy(numbers: Any, requests: Any, prompts: Any) -> Any:
+        sizes.append(len(numbers))
+        return run(numbers, requests, prompts)
+
+    monkeypatch.setattr(engine, "_run", spy)
+    limit = engine._batch_bytes(3, 26)
+    completions = engine.generate_many(requests, max_batch_size=100, max_bytes=limit)
+    assert [len(completion.tokens) for completion in completions] == [4] * 8
+    assert sizes[0] == 3
+    assert sum(sizes) == 8
+    assert max(sizes) < 8
+
+
+def test_sampled_rows_do_not_depend_on_their_company() -> None:
+    model = tiny_model("sambay+da")
+    settings = [
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=1.5, top_k=20, seed=2),
+        SamplingParams(),
+        SamplingParams(temperature=2.0, top_p=0.9, repetition_penalty=1.3, seed=2**62),
+        SamplingParams(temperature=1.0, seed=1),
+    ]
+    prompts = random_prompts(seed=4, count=5)
+    requests = [
+        Request(p, 9 + i, s) for i, (p, s) in enumerate(zip(prompts, settings, strict=True))
+    ]
+    together = Engine(model).generate(requests)
+    for request, completion in zip(requests, together, strict=True):
+        alone = Engine(model, prefill_chunk=3).generate([request])[0]
+        assert alone.tokens == completion.tokens
+        assert alone.logprobs == pytest.approx(completion.logprobs, abs=1e-4)
+    other_seed = Request(prompts[0], 9, SamplingParams(temperature=1.0, seed=3))
+    assert Engine(model).generate([other_seed])[0].tokens != together[0].tokens
+
+
+def test_the_penalty_counts_prompt_and_continuation() -> None:
+    model = tiny_model("transformer++")
+    prompt = random_prompts(seed=10, count=2, longest=9)[1]
+    ids = list(prompt)
+    for _ in range(20):
+        logits = model(torch.tensor([ids]))[0, -1]
+        for token in set(ids):
+            logits[token] *= 1.0 if logits[token] == 0 else 3.0 ** (-1 if logits[token] > 0 else 1)
+        ids.append(int(logits.argmax()))
+    penalty = SamplingParams(repetition_penalty=3.0)
+    tokens = Engine(model).generate([Request(prompt, 20, penalty)])[0].tokens
+    assert tokens == ids[len(prompt) :]
+    assert tokens != Engine(model).generate([Request(prompt, 20)])[0].tokens
+
+
+def test_samples_of_one_prompt_share_its_prefill() -> None:
+    model = tiny_model("sambay")
+    prompt, other = random_prompts(seed=5, count=2)
+    draws = [SamplingParams(temperature=1.5, seed=seed) for seed in range(4)]
+    requests = [Request(prompt, 8, draw) for draw in draws]
+    requests.insert(2, Request(other, 8))
+    engine = Engine(model)
+    completions = engine.generate(requests)
+    assert engine.timings.prefill_tokens == len(prompt) + len(other)
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.tokens == Engine(model).generate([request])[0].tokens
+    assert len({tuple(completion.tokens) for completion in completions}) == 5
+
+
+@pytest.mark.parametrize("name", ["samba", "sambay"])
+def test_without_a_limit_the_cache_grows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "FIRST_GROWTH", 2)
+    reserved: list[int] = []
+    reserve = ModelCache.reserve
+    monkeypatch.setattr(
+        ModelCache, "reserve", lambda self, n: (reserved.append(n), reserve(self, n))[1]
+    )
+    model = tiny_model(name)
+    prompts = random_prompts(seed=6, count=3, longest=4)
+    heard: list[int] = []
+
+    def enough(token: int) -> bool:
+        heard.append(token)
+        return len(heard) == 31
+
+    requests = [Request(prompts[0], None, stop_when=enough), Request(prompts[1], 12)]
+    unlimited, limited = Engine(model).generate(requests)
+    assert (unlimited.finish_reason, limited.finish_reason) == ("stop", "length")
+    assert heard == unlimited.tokens
+    Twin(model, prompts[0], 31).assert_equal(unlimited)
+    Twin(model, prompts[1], 12).assert_equal(limited)
+    assert len(reserved) >= 2
+
+
+def test_without_a_limit_the_end_of_memory_ends_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "FIRST_GROWTH", 10)
+    engine = Engine(tiny_model("sambay"))
+    room = engine._batch_bytes(2, 3 + 10) + 1
+    monkeypatch.setattr(engine_module, "available_bytes", lambda device: room)
+    completions = engine.generate([Request([1, 2, 3], None), Request([4, 5], None)])
+    assert [c.finish_reason for c in completions] == ["length"] * 2
+    # Ten tokens are stored behind the prompt; the one chosen after the last of them ends the row.
+    assert [len(c.tokens) for c in completions] == [11, 11]
+
+
+@pytest.mark.parametrize("name", ["transformer++", "samba", "sambay+da"])
+def test_the_cache_is_allocated_once_and_exactly(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[ModelCache] = []
+    allocate = ModelCache.allocate
+
+    def spy(*args: Any, **kwargs: Any) -> ModelCache:
+        caches.append(allocate(*args, **kwargs))
+        return caches[-1]
+
+    monkeypatch.setattr(ModelCache, "allocate", spy)
+    model = tiny_model(name)
+    requests = [Request(p, n) for p, n in zip(random_prompts(7, 4), (3, 3, 3, 3), strict=True)]
+    events = Engine(model).stream(requests)
+    next(events)
+    # 23 prompt columns, and all of three new tokens but the last, which is never fed back.
+    assert [c.nbytes for c in caches] == [cache_bytes(model.config, 4, 25, kv_bytes=4)]
+    assert sum(1 for _ in events) == 11
+    assert len(caches) == 1
+    assert caches[0].length == 25
+
+
+def test_only_the_last_prompt_column_reaches_the_cross_decoder() -> None:
+    model = ScriptedModel([7], prompt_length=23)
+    requests = [Request(p, 2) for p in random_prompts(seed=8, count=2)]
+    model.engine(prefill_chunk=20).generate(requests)
+    assert model.calls == [(10, "none"), (10, "none"), (3, "last"), (1, "last")]
+
+
+def test_stop_tokens_and_observers_end_their_own_row() -> None:
+    model = tiny_model("sambay")
+    prompt = random_prompts(seed=9, count=2)[0]
+    free, _ = reference_generate(model, prompt, 12)
+    place = next(i for i in range(3, 12) if free[i] not in free[:i])
+    heard: list[int] = []
+
+    def third(token: int) -> bool:
+        heard.append(token)
+        return len(heard) == 3
+
+    requests = [
+        Request(prompt, 12, stop_token_ids={free[place]}),
+        Request(prompt, 12),
+        Request(prompt, 12, stop_when=third),
+        Request(prompt, place + 1, stop_token_ids={free[place]}),
+    ]
+    stopped, whole, observed, both = Engine(model).generate(requests)
+    assert (stopped.tokens, stopped.finish_reason) == (free[: place + 1], "stop")
+    assert (whole.tokens, whole.finish_reason) == (free, "length")
+    assert (observed.tokens, observed.finish_reason) == (free[:3], "stop")
+    assert heard == free[:3]
+    assert (both.tokens, both.finish_reason) == (free[: place + 1], "stop")
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    model = tiny_model("sambay")
+    sizes: list[int] = []
+    hook = model.embedding.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    try:
+        Engine(model).generate([Request([i + 1, i + 2], 2 + 2 * i) for i in range(6)])
+    finally:
+        hook.remove()
+    # Before decode step n, n tokens are out; rows leave together once a quarter is idle.
+    wanted, size = [], 6
+    for produced in range(1, 12):
+        alive = sum(2 + 2 * i > produced for i in range(6))
+        size = alive if alive <= 0.75 * size else size
+        wanted.append(size)
+    assert sizes[1:] == wanted == [6, 6, 6, 4, 4, 3, 3, 2, 2, 1, 1]
+
+
+def test_streaming_is_ordered_lazy_and_leaves_no_mode_behind() -> None:
+    model = ScriptedModel([3, 5, 7, 9], prompt_length=2)
+    engine = model.engine()
+    events = engine.stream([Request([1, 2], 3), Request([2, 3], 2)])
+    assert model.calls == []
+    first = next(events)
+    assert len(model.calls) == 1
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    rest = [(e.request, e.token, e.finish_reason) for e in events]
+    assert (first.request, first.token, first.finish_reason) == (0, 3, None)
+    assert rest == [(1, 3, None), (0, 5, None), (1, 5, "length"), (0, 7, "length")]
+    assert engine.timings.decode_tokens == 3
+    assert engine.timings.prefill_tokens == 4
+
+
+def test_bfloat16_models_keep_bfloat16_keys() -> None:
+    model = tiny.tiny_model("sambay", dtype=torch.bfloat16)
+    engine = Engine(model)
+    assert engine.dtype == torch.bfloat16
+    completion = engine.generate([Request([1, 2, 3], 9), Request([4], 9)])[0]
+    assert len(completion.tokens) == 9
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([], 3), "prompt 1 is empty"),
+        (Request([5, VOCAB, 2], 3), f"prompt 1 holds token id {VOCAB}, .* of {VOCAB}"),
+        (Request([5, -1], 3), "prompt 1 holds token id -1"),
+        (Request([5], 0), "max_new_tokens is 0; .* at least 1"),
+        (Request([5], 2.5), "max_new_tokens is 2.5"),  # pyright: ignore[reportArgumentType]
+        (Request([0.5], 2), "not a list of token ids"),  # pyright: ignore[reportArgumentType]
+        (Request("text", 2), "not a list of token ids"),  # pyright: ignore[reportArgumentType]
+        (Request([[1], [2]], 2), "not a list of token ids"),  # pyright: ignore[reportArgumentType]
+        (Request([10**30], 2), "not a list of token ids"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(request_: Request, message: str) -> None:
+    model = ScriptedModel([1], prompt_length=1)
+    engine = model.engine()
+    requests = [Request([1], 3), request_]
+    for start in (
+        engine.generate,
+        engine.stream,
+        lambda r: engine.generate_many(r, max_batch_size=2),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            start(requests)
+    assert model.calls == []
+
+
+def test_no_requests_give_no_completions() -> None:
+    engine = Engine(tiny_model("sambay"))
+    assert engine.generate([]) == []
+    assert engine.generate_many([], max_batch_size=4) == []
+    assert list(engine.stream([])) == []
+
+
+def test_bad_engine_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="prefill_chunk is 0"):
+        Engine(tiny_model("sambay"), prefill_chunk=0)
+    with pytest.raises(ConfigError, match="max_batch_size is 0"):
+        Engine(tiny_model("sambay")).generate_many([Request([1], 1)], max_batch_size=0)
+
+
+def test_outputs_that_are_no_numbers_are_reported() -> None:
+    model = ScriptedModel([1], prompt_length=1)
+    model.logits = lambda h_BTD: torch.full((len(h_BTD), 1, VOCAB), torch.nan)
+    with pytest.raises(SambayError, match="output for prompt 0 is not a number after 0 tokens"):
+        model.engine().generate([Request([1], 3)])
