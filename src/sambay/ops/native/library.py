@@ -16,15 +16,17 @@ from torch import Tensor
 from sambay.ops.native import builder
 
 # p: a pointer, as an integer address or None; i: an integer.
+_SCAN = "pii pii p pii pii pppp iiiii ii"  # the order of SCAN_PARAMETERS in selective_scan.cpp
+_CONV = "pii pppp iiii ii"  # the order of CONV_PARAMETERS in causal_conv.cpp
 _SIGNATURES = {
     "sambay_scan_workspace": ("iiii", ctypes.c_int64),
-    "sambay_scan_forward": ("piipiippiipiippppiiiiiii" + "ppp", None),
-    "sambay_scan_backward": ("piipiippiipiippppiiiiiii" + "piippppppppppp", None),
-    "sambay_scan_step": ("pipippipipppppiiiii", None),
+    "sambay_scan_forward": (_SCAN + "ppp", None),
+    "sambay_scan_backward": (_SCAN + "pii pp pppppppp p", None),
+    "sambay_scan_step": ("pi pi p pi pi pppp iii ii", None),
     "sambay_conv_workspace": ("iiii", ctypes.c_int64),
-    "sambay_conv_forward": ("piippppiiiiii" + "p", None),
-    "sambay_conv_backward": ("piippppiiiiii" + "piipppp", None),
-    "sambay_conv_step": ("pippppiiiiii", None),
+    "sambay_conv_forward": (_CONV + "p", None),
+    "sambay_conv_backward": (_CONV + "pii pppp", None),
+    "sambay_conv_step": ("pi pp pp iii iii", None),
     "sambay_use_openmp": ("p", None),
 }
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
@@ -76,10 +78,15 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def sequence(tensor: Tensor) -> tuple[int, int, int]:
+    """The address of (B, T, .) values and the strides between rows and between tokens."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
 def _prepare(library: ctypes.CDLL) -> ctypes.CDLL:
     for name, (parameters, result) in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes = [_KINDS[parameter] for parameter in parameters]
+        function.argtypes = [_KINDS[kind] for kind in parameters.replace(" ", "")]
         function.restype = result
     openmp = _find_openmp()
     if openmp is None:

@@ -14,16 +14,14 @@ from torch import Tensor
 
 from sambay.ops import registry
 from sambay.ops.native import library
-from sambay.ops.selective_scan.chunked import chunked
-from sambay.ops.selective_scan.native import native
-from sambay.ops.selective_scan.reference import reference
+from sambay.ops.selective_scan import chunked, native, reference
 from sambay.ops.selective_scan.step import selective_scan_step
 
 __all__ = ["selective_scan", "selective_scan_step"]
 
-registry.register("selective_scan", "reference", 0, reference)
-registry.register("selective_scan", "torch", 10, chunked)
-registry.register("selective_scan", "native", 20, native, library.serves)
+registry.register("selective_scan", "reference", 0, reference.scan)
+registry.register("selective_scan", "torch", 10, chunked.scan)
+registry.register("selective_scan", "native", 20, native.scan, library.serves)
 
 
 def selective_scan(

@@ -179,4 +179,4 @@ def _over_channels(weights_CBE: Tensor, values_CBEN: Tensor) -> Tensor:
     return torch.matmul(weights_CBE[:, :, None, :], values_CBEN)[:, :, 0].transpose(0, 1)
 
 
-chunked = define("selective_scan_chunked", forward, backward, CHUNK)
+scan = define("selective_scan_chunked", forward, backward, CHUNK)

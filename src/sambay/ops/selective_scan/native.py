@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sambay.ops.native.library import address, kernels, rows_of
+from sambay.ops.native.library import address, kernels, rows_of, sequence
 from sambay.ops.selective_scan.operator import define, gradients_for, outputs_for
 
 CHUNK = 32  # tokens between saved states; their recomputation stays in the first-level cache
@@ -51,11 +51,6 @@ class _Call:
             x.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
-
-
-def sequence(tensor: Tensor) -> tuple[int, int, int]:
-    """The address of (B, T, .) values and the strides between rows and between tokens."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
 def forward(
@@ -121,4 +116,4 @@ def backward(
     return dx, ddelta, dA, dB.to(B.dtype), dC.to(B.dtype), dD, ddelta_bias, dinitial
 
 
-native = define("selective_scan_native", forward, backward, CHUNK)
+scan = define("selective_scan_native", forward, backward, CHUNK)

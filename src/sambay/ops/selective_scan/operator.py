@@ -28,8 +28,8 @@ def define(name: str, forward: Forward, backward: Backward, chunk: int) -> Scan:
 
     `forward(*inputs, save)` gives (y, final state, saved): the states (B, chunks - 1, N, E) before
     every chunk of tokens but the first if `save`, else nothing.
-    `backward(dy, dfinal, *inputs, saved)` gives the gradients of x, delta, A, B, C, D, delta_bias and
-    the initial state (empty without one); dfinal may be None.
+    `backward(dy, dfinal, *inputs, saved)` gives the gradients of x, delta, A, B, C, D, delta_bias
+    and the initial state (empty without one); dfinal may be None.
     """
     _library.define(f"{name}({INPUTS}, bool save) -> (Tensor, Tensor, Tensor)")
     _library.define(

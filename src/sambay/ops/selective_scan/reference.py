@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 
-def reference(
+def scan(
     x_BTE: Tensor,
     delta_BTE: Tensor,
     A_EN: Tensor,
