@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from sambay.data import documents
 from sambay.data.documents import ReadingRules, UnreadableFileError, cut_texts, read_documents
 from sambay.data.sources import SourceFile, classify
+from sambay.data.streams import ZstdReader
 
 LIMIT = 1 << 20
 
@@ -215,8 +216,18 @@ def test_zstd_frames_follow_one_another(tmp_path: Path) -> None:
     assert texts(tmp_path / "a.jsonl.zst") == [f"part {n}" for n in range(5)]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_the_bytes_read_from_the_disk_are_told(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a.txt{suffix}", b"some text\n" * 5000)
+    told: list[int] = []
+    file = SourceFile(str(path), *classify(path.name), 0, 0, 0)
+    rules = ReadingRules("text", "", LIMIT)
+    assert len(list(read_documents(file, rules, Counter(), on_read=told.append))) == 1
+    assert sum(told) == path.stat().st_size
+
+
 def test_zstd_reader_gives_small_reads(tmp_path: Path) -> None:
     data = bytes(range(256)) * 50
     path = write(tmp_path / "a.zst", data)
-    with io.BufferedReader(documents._ZstdReader(path.open("rb")), 16) as stream:
+    with io.BufferedReader(ZstdReader(path.open("rb")), 16) as stream:
         assert b"".join(iter(lambda: stream.read(3), b"")) == data

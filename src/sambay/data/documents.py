@@ -13,15 +13,14 @@ A document is a non-blank text. What cannot be one is counted by reason, never g
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from sambay.data.sources import GZIP, JSONL, PARQUET, ZSTD, SourceFile
+from sambay.data.sources import JSONL, PARQUET, SourceFile
+from sambay.data.streams import open_stream
 from sambay.errors import DataError, MissingPackage
 
 _BLOCK = 1 << 20
@@ -54,9 +53,16 @@ class UnreadableFileError(DataError):
 
 
 def read_documents(
-    file: SourceFile, rules: ReadingRules, counts: Counter[str], *, offset: int = 0
+    file: SourceFile,
+    rules: ReadingRules,
+    counts: Counter[str],
+    *,
+    offset: int = 0,
+    on_read: Callable[[int], None] | None = None,
 ) -> Iterator[Document]:
     """The documents of a file from `offset` on; adds to `counts` what was left out or changed.
+
+    `on_read` is told the bytes taken from the disk, except for Parquet.
 
     Raises:
         UnreadableFileError: the operating system refuses, or the content is damaged.
@@ -66,7 +72,7 @@ def read_documents(
         if file.kind == PARQUET:
             yield from _read_parquet(file, rules, counts, offset)
         else:
-            with _open(file) as stream:
+            with open_stream(file.path, file.compression, on_read) as stream:
                 _skip(stream, file, offset)
                 read = _read_lines if file.kind == JSONL else _read_texts
                 yield from read(stream, rules, counts, offset)
@@ -124,14 +130,6 @@ def _pieces(data: bytes, rules: ReadingRules, counts: Counter[str]) -> Iterator[
         text = _accept(piece, counts)
         if text is not None:
             yield text
-
-
-def _open(file: SourceFile) -> BinaryIO:
-    if file.compression == GZIP:
-        return gzip.open(file.path, "rb")  # type: ignore[return-value]
-    if file.compression == ZSTD:
-        return io.BufferedReader(_ZstdReader(open(file.path, "rb")), _BLOCK)
-    return open(file.path, "rb")
 
 
 def _skip(stream: BinaryIO, file: SourceFile, offset: int) -> None:
@@ -285,48 +283,3 @@ def _note_missing(counts: Counter[str], names: Any) -> None:
     if not any(key.startswith("field:") for key in counts):
         for name in list(names)[:8]:
             counts[f"field:{name}"] += 1
-
-
-class _ZstdReader(io.RawIOBase):
-    """Reads all frames of a zstd file and, unlike the package's reader, reports a truncated one."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            file.close()
-            raise MissingPackage("zstandard", "reading .zst files", "data") from error
-        self._file = file
-        self._error = zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame: Any = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._ready:
-            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            if self._frame is not None and self._frame.eof:
-                self._frame = None
-            data = data or self._file.read(_BLOCK)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the compressed data is truncated")
-                return 0
-            if self._frame is None:
-                self._frame = self._new()
-            try:
-                self._ready = self._frame.decompress(data)
-            except self._error as error:
-                raise EOFError(f"the compressed data is damaged ({error})") from error
-        count = min(len(target), len(self._ready))
-        target[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()

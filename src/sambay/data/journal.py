@@ -103,8 +103,7 @@ class Journal:
 
     def complete_units(self) -> dict[int, dict[str, Any]]:
         """The results of the units whose files are all there; removes half-written files."""
-        for leftover in self.folder.glob("**/.*"):
-            leftover.unlink()
+        self.sweep()
         results = {}
         for file in sorted((self.folder / "units").glob("*.json")):
             try:
@@ -115,6 +114,11 @@ class Journal:
             if all(_size(self.folder / name) == size for name, size in sizes.items()):
                 results[int(file.stem)] = result
         return results
+
+    def sweep(self) -> None:
+        """Remove the temporary files of processes that were stopped in the middle of a write."""
+        for leftover in self.folder.glob("**/.*"):
+            leftover.unlink()
 
     def complete_unit(self, number: int, result: dict[str, Any], files: list[str]) -> None:
         """Record that unit `number` is complete, with the sizes of its files."""

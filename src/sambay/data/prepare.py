@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -261,12 +262,13 @@ class _Run:
         workers = self._count_workers(plan.text_bytes, _WORTH_WRITING)
         self._progress.begin("tokenizing", plan.text_bytes - done)
         try:
-            for at, result in run_tasks(
-                write_unit, context, tasks, workers, self._progress.advance
-            ):
-                results[tasks[at].number] = result
+            running = run_tasks(write_unit, context, tasks, workers, self._progress.advance)
+            with contextlib.closing(running):
+                for at, result in running:
+                    results[tasks[at].number] = result
         finally:
             self._progress.end()
+            self.journal.sweep()
         manifest = _manifest(plan, tokenizer, results)
         return Prepared(
             self.journal.install(manifest), plan.unreadable, "resumed" if resumed else "written"

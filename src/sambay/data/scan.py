@@ -150,17 +150,35 @@ def _group(files: Sequence[SourceFile]) -> list[list[SourceFile]]:
 def _scan_files(rules: ScanRules, files: list[SourceFile], advance: Advance) -> list[FileScan]:
     results = []
     for file in files:
-        results.append(_scan_file(rules, file))
-        advance(file.size)
+        meter = _Meter(advance)
+        results.append(_scan_file(rules, file, meter))
+        meter.finish(file.size)
     return results
 
 
-def _scan_file(rules: ScanRules, file: SourceFile) -> FileScan:
+class _Meter:
+    """Reports a file's progress in steps, and in the end exactly its size."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._read = self._reported = 0
+
+    def count(self, size: int) -> None:
+        self._read += size
+        if self._read - self._reported >= _TASK_BYTES:
+            self._advance(self._read - self._reported)
+            self._reported = self._read
+
+    def finish(self, size: int) -> None:
+        self._advance(size - self._reported)
+
+
+def _scan_file(rules: ScanRules, file: SourceFile, meter: _Meter) -> FileScan:
     hashes, sizes, offsets = array("Q"), array("q"), array("q")
     counts: Counter[str] = Counter()
     sample: list[tuple[int, str]] = []
     try:
-        for document in read_documents(file, rules.reading, counts):
+        for document in read_documents(file, rules.reading, counts, on_read=meter.count):
             data = document.text.encode()
             content = content_hash(data)
             hashes.append(content)

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ def run_tasks(
     tasks: Sequence[Task],
     workers: int,
     advance: Advance,
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result], None, None]:
     """Pairs (position in `tasks`, result), in the order of completion.
 
     `work(shared, task, advance)` is a function of a module; `shared` reaches each process once;
