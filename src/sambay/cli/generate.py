@@ -1,13 +1,15 @@
-"""`sambay generate`: continue a prompt with a trained model, streaming to standard output."""
+"""Continue a prompt with a trained model.
+
+The continuation goes to standard output as it is produced, a line of speeds to standard error.
+Without --prompt and --prompt-file the prompt is read from standard input; of a file or of standard
+input one line break at the end is dropped.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,18 +22,11 @@ if TYPE_CHECKING:
     from sambay.generate.sampling import SamplingParams
     from sambay.generate.text import TextCompletion, TextGenerator
 
-HELP = "continue a prompt with a trained model"
-
 EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `sambay generate`."""
-    parser.description = (
-        "Continue a prompt. The continuation goes to standard output, a line of speeds to standard "
-        "error. Without --prompt and --prompt-file the prompt is read from standard input; of a "
-        "file or of standard input one line break at the end is dropped."
-    )
     parser.add_argument(
         "--model", required=True, metavar="PATH", help="a model folder or a training run directory"
     )
@@ -89,16 +84,17 @@ def run(args: argparse.Namespace) -> int:
     sampling = _sampling(args)
     prompt = _read_prompt(args)
     generator = _load(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     interrupted = False
-    with _text_output():
-        try:
-            if args.num_samples == 1 and not args.no_stream:
-                _stream(args, generator, prompt, sampling)
-            else:
-                _print_samples(args, generator, prompt, sampling)
-        except KeyboardInterrupt:
-            interrupted = True
-            print(flush=True)
+    try:
+        if args.num_samples == 1 and not args.no_stream:
+            _stream(args, generator, prompt, sampling)
+        else:
+            _print_samples(args, generator, prompt, sampling)
+    except KeyboardInterrupt:
+        interrupted = True
+        print(flush=True)
     print(_summary(generator.engine.timings), file=sys.stderr)
     return EXIT_INTERRUPTED if interrupted else 0
 
@@ -227,18 +223,6 @@ def _print_samples(
         num_samples=args.num_samples,
         on_finished=show,
     )
-
-
-@contextlib.contextmanager
-def _text_output() -> Iterator[None]:
-    """Standard output that survives characters it cannot show, and a reader that went away."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        yield
-    except BrokenPipeError:
-        # Python flushes standard output once more at exit; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _summary(timings: Timings) -> str:
