@@ -1,4 +1,4 @@
-"""Every test starts from the same seeds, with two threads, and with poisoned empty tensors."""
+"""Every test starts from the same seeds, with one thread, and with poisoned empty tensors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _deterministic_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def _deterministic_start() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
-    # Uninitialised memory that is read shows up as NaN instead of as luck.
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.set_num_threads(1)  # tiny tensors: a second thread only costs
+    # torch then also fills uninitialised memory with NaN: reading it shows instead of hiding.
+    torch.use_deterministic_algorithms(True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
