@@ -50,7 +50,7 @@ from sambay.train.loss import cross_entropy
 from sambay.train.metrics import read_metrics
 
 RECIPES = {"SambaY": demo_sambay, "Transformer++": demo_transformer}
-NOT_OUR_TEXT = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+NOT_OUR_TEXT = ("test", "tests", "idle_test", "site-packages", "dist-packages")
 PROMPT = '''def read_lines(path, encoding="utf-8"):
     """Return the lines of a text file.'''
 
@@ -162,9 +162,9 @@ def _run(arguments: argparse.Namespace) -> None:
 def _prepare(data: Path) -> None:
     library = sysconfig.get_path("stdlib")
     command = ["prepare", library, "--out", str(data), "--vocab-size", "4096"]
-    command += ["--include", "*.py", "--validation-fraction", "0.03"]
+    command += ["--include", "*.py", "--validation-fraction", "0.05"]
     for name in NOT_OUR_TEXT:
-        command += ["--exclude", f"{name}/*", "--exclude", f"*/{name}/*"]
+        command += ["--exclude", name]
     _sambay(command)
 
 

@@ -31,6 +31,7 @@ class Plan:
             f"schedule.total_tokens={self.total_tokens}",
             f"schedule.warmup_tokens={self.total_tokens // 20}",
             f"evaluation.every_steps={self.eval_every_steps}",
+            "evaluation.max_tokens=32768",
             f"checkpoint.every_steps={self.eval_every_steps * 2}",
             "checkpoint.keep=1",
         ]
@@ -58,6 +59,6 @@ def make_plan(
     )
     tokens = min(60 * minutes * _SHARE * min(rates.values()), _EPOCHS * training_tokens)
     steps = max(20, round(tokens / first.tokens_per_step))
-    plan = Plan(minutes, steps * first.tokens_per_step, max(1, steps // 12))
+    plan = Plan(minutes, steps * first.tokens_per_step, max(1, steps // 10))
     write_json(folder / PLAN_FILE, dataclasses.asdict(plan))
     return plan
