@@ -18,7 +18,7 @@ from sambay.data.manifest import Manifest
 from sambay.data.prepare import prepare
 from sambay.data.settings import PrepareSettings
 from sambay.data.shards import TokenDataset
-from sambay.data.tokenizer import END_OF_TEXT, Tokenizer
+from sambay.data.tokenizer import END_OF_TEXT
 from sambay.errors import ConfigError, DataError
 from sambay.files import WriteFailed
 from tests.data.corpus import contents, make, write_texts
@@ -106,24 +106,22 @@ def test_shards_have_about_the_size_asked_for(texts: Path, tmp_path: Path) -> No
     assert all(2500 < shard.tokens < 7500 for shard in shards[:-1])
 
 
-def test_vocabularies_over_65536_are_stored_wider(texts: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(_folder(tmp_path, texts))
-    content = json.loads(tokenizer.definition)
-    content["added_tokens"].append({**content["added_tokens"][0], "id": 70_000, "content": "<x>"})
-    path = tmp_path / "wide" / "tokenizer.json"
-    path.parent.mkdir()
+@pytest.mark.parametrize(("last", "dtype"), [(65_535, "uint16"), (65_536, "uint32")])
+def test_the_largest_token_id_decides_how_tokens_are_stored(
+    texts: Path, prepared: Path, tmp_path: Path, last: int, dtype: str
+) -> None:
+    content = json.loads((prepared / "tokenizer.json").read_text())
+    content["model"]["vocab"]["one-more"] = last
+    path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
     manifest = make(texts, tmp_path / "out", tokenizer=str(path)).manifest
-    assert (manifest.dtype, manifest.vocab_size >= 1 << 16) in (("uint32", True), ("uint16", False))
-    if manifest.dtype == "uint32":
-        dataset = TokenDataset.open(tmp_path / "out", "train")
-        assert dataset.read(0, 5).dtype.itemsize == 4
-        assert dataset.count_bytes(0, dataset.num_tokens) == dataset.text_bytes
-
-
-def _folder(tmp_path: Path, texts: Path) -> Path:
-    make(texts, tmp_path / "first")
-    return tmp_path / "first"
+    assert (manifest.vocab_size, manifest.dtype) == (last + 1, dtype)
+    dataset = TokenDataset.open(tmp_path / "out", "train")
+    narrow = TokenDataset.open(prepared, "train")
+    assert dataset.read(0, dataset.num_tokens).tolist() == (
+        narrow.read(0, narrow.num_tokens).tolist()
+    )
+    assert dataset.count_bytes(0, dataset.num_tokens) == dataset.text_bytes
 
 
 def test_a_given_tokenizer_gives_the_tokens_of_a_trained_one(
