@@ -62,7 +62,8 @@ def _dispatch(words: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_arguments(parser)
-    return command.run(parser.parse_args(rest)) or 0
+    # Intermixed: overrides may stand before and after options.
+    return command.run(parser.parse_intermixed_args(rest)) or 0
 
 
 def _top_parser() -> argparse.ArgumentParser:

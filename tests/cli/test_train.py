@@ -1,0 +1,165 @@
+"""`sambay train` from the outside: dry run, signals, resuming, messages."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sambay.cli.main import main
+from sambay.data.manifest import Manifest
+from sambay.train.metrics import read_metrics
+from tests.train.conftest import make_data
+
+RECIPE = """
+from sambay.spec import presets
+from sambay.train.config import *
+
+def tiny():
+    return RunConfig(
+        model=presets.build("sambay", 8, vocab_size={vocab_size}, hidden_size=24, head_dim=6,
+                            num_heads=4, num_kv_heads=2, window=5),
+        data=DataConfig({directory!r}, sequence_length=13),
+        optimizer=OptimizerConfig(3e-3),
+        schedule=ScheduleConfig(4 * 78),
+        batch=BatchConfig(6, 6),
+        evaluation=EvaluationConfig(2, 64),
+        threads=1,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("a folder with spaces")
+    data = make_data(folder)
+    vocab_size = Manifest.read(data).vocab_size
+    file = folder / "mine.py"
+    file.write_text(RECIPE.format(vocab_size=vocab_size, directory=str(data)))
+    return f"{file}:tiny"
+
+
+def test_dry_run_says_what_will_happen_and_does_nothing(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    words = ["train", recipe, "optimizer.weight_decay=0.25", "--run-dir", str(run_dir)]
+    assert main([*words, "--dry-run"]) == 0
+    output = capsys.readouterr().out
+    for text in (
+        "2x(M S) M F G C", "78 tokens per step", "4 steps, 312 tokens", "tokens per parameter",
+        "weight decay 0.25", "weights", "gradients", "optimiser", "activations", "MB",
+        "training tokens", "validation tokens", "per checkpoint",
+    ):  # fmt: skip
+        assert text in output, text
+    assert not run_dir.exists()
+
+
+def test_dry_run_of_a_large_model_is_instant_and_checks_the_data() -> None:
+    script = (
+        "import sys, resource\nfrom sambay.cli.main import main\n"
+        "code = main(['train', 'sambay_1b', '--dry-run', 'data.directory=nowhere'])\n"
+        "assert 'torch' not in sys.modules\n"
+        "sys.exit(code)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "1,065,818,688" in result.stdout
+    assert "48,351 steps" in result.stdout
+    assert result.stderr.startswith("error: nowhere has no manifest.json")
+    assert result.stderr.count("\n") == 1
+
+
+def test_trains_and_says_so_then_finds_it_finished(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "my run"
+    words = ["train", recipe, "--run-dir", str(run_dir), "logging.every_steps=2", "seed=3"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "finished 4 steps, 312 tokens" in captured.out
+    assert "bits/byte" in captured.out
+    assert "step 4/4" in captured.err
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["seed"], config["logging"]["every_steps"]) == (3, 2)
+    assert [line["step"] for line in read_metrics(run_dir)] == [2, 4]
+    assert main(words) == 0
+    assert "already finished at step 4" in capsys.readouterr().out
+    assert main([*words[:-1], "seed=4"]) == 2
+    assert capsys.readouterr().err.startswith("error: seed = 4, but ")
+    again = ["train", str(run_dir), "--run-dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    losses = [
+        [line["loss"] for line in read_metrics(path)] for path in (run_dir, tmp_path / "again")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_default_run_directory_is_named_after_the_recipe(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", recipe]) == 0
+    assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_tell_how_to_continue(
+    number: signal.Signals, recipe: str, tmp_path: Path
+) -> None:
+    words = ["train", recipe, "schedule.total_tokens=1e6", "--run-dir", str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-m", "sambay.cli.main", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(tmp_path)) < 3:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "run the same command to continue" in output
+    assert "Traceback" not in errors
+    stopped = int(output.partition("stopped at step ")[2].partition(";")[0])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
+    assert read_metrics(tmp_path)[-1]["step"] == stopped
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo_sambey"], "did you mean 'demo_sambay'"),
+        (["demo_sambay", "model.windw=3"], "did you mean 'model.window'"),
+        (["demo_sambay", "model.layer_pattern=2xG"], "layer_pattern"),
+        (["demo_sambay", "model.window=0"], "model.window"),
+        (["demo_sambay", "data.directory=nowhere"], "nowhere has no manifest.json"),
+        (["demo_sambay", "batch.micro_batch_size=3"], "batch.micro_batch_size = 3"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_mistakes(
+    words: list[str], message: str, dry: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(["train", *words, "--run-dir", str(run_dir), *(["--dry-run"] if dry else [])]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not run_dir.exists()
+
+
+def test_vocabulary_of_the_data(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", recipe, "model.vocab_size=999", "--run-dir", str(tmp_path)]) == 2
+    assert "model.vocab_size = 999, but the tokenizer in" in capsys.readouterr().err

@@ -1,0 +1,288 @@
+"""Checkpoints: whole or absent after a kill at any point, kept by policy, refused when damaged."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sambay.errors import CheckpointMismatch
+from sambay.files import WriteFailed
+from sambay.model import LanguageModel, initialise
+from sambay.model import folder as model_folder
+from sambay.train import checkpoint
+from sambay.train.checkpoint import (
+    CheckpointStore,
+    Progress,
+    check_same_run,
+    load_checkpoint_model,
+    restore,
+)
+from sambay.train.config import CheckpointConfig, RunConfig
+from sambay.train.loop import train
+from sambay.train.optim import build_optimizer
+from tests.tiny import random_ids
+from tests.train.test_resume import assert_same_run
+
+MakeConfig = Callable[..., RunConfig]
+Parts = tuple[RunConfig, LanguageModel, torch.optim.AdamW]
+
+
+@pytest.fixture
+def parts(make_config: MakeConfig) -> Parts:
+    config = make_config()
+    model = LanguageModel(config.model)
+    initialise(model, seed=config.seed)
+    return config, model, build_optimizer(model, config.optimizer)
+
+
+def save(store: CheckpointStore, step: int, parts: Parts) -> None:
+    config, model, optimizer = parts
+    with torch.no_grad():
+        model.embedding.weight[0, 0] = step
+    store.save(Progress(step, step * 10, 1.0), model, optimizer, config, "hash")
+
+
+def stored_step(path: Path, parts: Parts) -> int:
+    config, _, _ = parts
+    model = LanguageModel(config.model)
+    check_same_run(path, config, "hash")
+    progress = restore(path, model, build_optimizer(model, config.optimizer))
+    assert int(model.embedding.weight[0, 0]) == progress.step
+    return progress.step
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "expected"),
+    [(1, None, [7]), (3, None, [5, 6, 7]), (2, 3, [3, 6, 7]), (9, None, [1, 2, 3, 4, 5, 6, 7])],
+)
+def test_keep_policy(
+    keep: int, every: int | None, expected: list[int], parts: Parts, tmp_path: Path
+) -> None:
+    store = CheckpointStore(tmp_path, CheckpointConfig(1, keep, every))
+    for step in range(1, 8):
+        save(store, step, parts)
+    assert store.steps() == expected
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        f"step-{step:08d}" for step in expected
+    ]
+
+
+def _fork_and_kill_at(event: int, action: Callable[[], None]) -> bool:
+    """Run `action` in a child that kills itself at its n-th file operation; whether it did."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **options)
+
+            return call
+
+        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+        Path.rename = counted(Path.rename)  # type: ignore[method-assign]
+        os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
+        model_folder.save_file = counted(save_file)
+        checkpoint.sha256_of = counted(checkpoint.sha256_of)
+        action()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_any_file_operation_of_a_save(parts: Parts, tmp_path: Path) -> None:
+    """Before publication the old checkpoint is the latest, after it the new one; both load."""
+    seen = []
+    for event in range(1, 100):
+        store = CheckpointStore(tmp_path / str(event), CheckpointConfig(1, keep=1))
+        save(store, 4, parts)
+
+        def save_the_next(store: CheckpointStore = store) -> None:
+            save(store, 5, parts)
+
+        was_killed = _fork_and_kill_at(event, save_the_next)
+        latest = store.latest()
+        assert latest is not None
+        seen.append(stored_step(latest, parts))
+        store.clean()
+        assert all(path.name.startswith("step-") for path in store.folder.iterdir())
+        save(store, 6, parts)
+        assert store.steps() == [6]
+        if not was_killed:
+            break
+    else:
+        pytest.fail("the save never ended")
+    assert len(seen) > 12
+    assert seen == sorted(seen)
+    assert set(seen) == {4, 5}
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from sambay.train.config import read_run_config
+from sambay.train.loop import train
+train(read_run_config(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_a_run_killed_twice_ends_like_an_undisturbed_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=400, checkpoint=CheckpointConfig(1, keep=1))
+    from sambay.files import write_json
+
+    write_json(tmp_path / "config.json", config.to_dict())
+    command = [sys.executable, "-W", "ignore", "-c", _CHILD]
+    command += [str(tmp_path / "config.json"), str(tmp_path / "killed")]
+    store = CheckpointStore(tmp_path / "killed", config.checkpoint)
+    generator = random.Random(1)
+    reached = 0
+    for _ in range(2):
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            while max(store.steps(), default=0) < reached + 3:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.01)
+            time.sleep(generator.random() * 0.1)
+            process.kill()
+        reached = max(store.steps())
+    assert 6 <= reached < 400
+    short = replace(config, schedule=replace(config.schedule, total_tokens=(reached + 2) * 78))
+    train(short, tmp_path / "killed", change_schedule=True)
+    # The schedule was changed for the last two steps only, so run the comparison in two parts.
+    from tests.train.test_resume import StopAt
+
+    train(config, tmp_path / "whole", display=StopAt(reached))
+    train(short, tmp_path / "whole", change_schedule=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def _limited(limit: int, action: Callable[[], None]) -> None:
+    """Run with a limit on file sizes: writing beyond it fails like a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("limit", [10, 4000, 200_000])
+def test_a_failed_write_leaves_the_last_checkpoint(
+    limit: int, parts: Parts, tmp_path: Path
+) -> None:
+    store = CheckpointStore(tmp_path, CheckpointConfig(1, keep=1))
+    save(store, 1, parts)
+    with pytest.raises(WriteFailed, match="cannot write"):
+        _limited(limit, lambda: save(store, 2, parts))
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
+    assert stored_step(store.path(1), parts) == 1
+    save(store, 2, parts)
+    assert store.steps() == [2]
+
+
+def test_a_full_disk_is_named(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*args: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model_folder, "save_file", full)
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    with pytest.raises(WriteFailed, match=r"the disk is full; free some space") as caught:
+        save(store, 1, parts)
+    assert "\n" not in str(caught.value)
+    assert list(store.folder.iterdir()) == []
+
+
+def test_tied_weights_are_stored_once(parts: Parts, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    save(store, 1, parts)
+    tensors = load_file(store.path(1) / "model.safetensors")
+    names = {name for name, _ in parts[1].named_parameters()}
+    assert set(tensors) == names
+    assert "embedding.weight" in names
+    assert "head.weight" not in names
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
+def test_damage_is_named(name: str, damage: str, parts: Parts, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    save(store, 1, parts)
+    file = store.path(1) / name
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2 if name != "state.json" else 0] ^= 1
+    file.write_bytes(content[:-40] if damage == "cut" else content)
+    if damage == "missing":
+        file.unlink()
+    with pytest.raises(CheckpointMismatch, match=rf"{name} is .*remove .*step-00000001"):
+        stored_step(store.path(1), parts)
+
+
+def test_half_a_checkpoint_under_a_temporary_name_is_ignored(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=2)
+    half = tmp_path / "checkpoints" / ".step-00000009.new.abc"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    train(config, tmp_path)
+    assert not half.exists()
+    assert CheckpointStore(tmp_path, config.checkpoint).steps() == [2]
+
+
+def test_model_from_run_directory_checkpoint_and_folder(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(steps=3)
+    train(config, tmp_path)
+    ids = random_ids(2, 9)
+    logits = []
+    newest = CheckpointStore(tmp_path, config.checkpoint).latest()
+    assert newest is not None
+    for path in (tmp_path, newest, tmp_path / "model"):
+        model, model_config, tokenizer_file = load_checkpoint_model(path)
+        assert model_config == config.model
+        assert model.head_weight is model.embedding.weight
+        assert not model.training
+        assert tokenizer_file.exists()
+        with torch.no_grad():
+            logits.append(model(ids))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    shutil.rmtree(tmp_path / "checkpoints")
+    model, _, _ = load_checkpoint_model(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(ids), logits[0])
+
+
+@pytest.mark.parametrize("path", ["", "nothing", "checkpoints"])
+def test_nothing_to_load_is_explained(path: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointMismatch, match="holds no model; give a run directory"):
+        load_checkpoint_model(tmp_path / path)
