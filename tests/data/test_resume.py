@@ -236,6 +236,16 @@ def test_a_shard_cut_short_behind_our_back_is_written_again(
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+def test_what_a_kill_while_writing_the_manifest_leaves_is_removed(
+    unfinished: tuple[Path, Path],
+) -> None:
+    source, out = unfinished
+    (out / ".manifest.json.x1y2").write_text("half")
+    (out / ".prepare" / "train" / ".00007.bin.x1y2").write_text("half")
+    make(source, out)
+    assert not [name for name in contents(out) if Path(name).name.startswith(".")]
+
+
 def test_a_text_that_changes_unseen_is_noticed(unfinished: tuple[Path, Path]) -> None:
     source, out = unfinished
     for path in source.rglob("*.txt"):
