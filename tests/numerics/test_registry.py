@@ -47,7 +47,7 @@ def test_an_unknown_name_suggests_the_nearest(op):
 
 def test_no_backend_at_all_lists_every_reason(op):
     registry.register(op, "reference", 0, lambda x: x, lambda call: "gone")
-    with pytest.raises(BackendUnavailable, match="broken: no compiler; fast: .*; reference: gone"):
+    with pytest.raises(BackendUnavailable, match=r"broken: no compiler; fast: .*; reference: gone"):
         registry.choose(op, None, 30)
 
 

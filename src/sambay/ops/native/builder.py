@@ -109,9 +109,7 @@ def _compiler() -> list[str]:
         if path is not None:
             return [path, *command[1:]]
     if configured:
-        raise BuildError(
-            f"CXX names the C++ compiler '{configured[0]}', which does not exist; {REMEDY}"
-        )
+        raise BuildError(f"CXX names '{configured[0]}', which is not a program; {REMEDY}")
     raise BuildError(f"there is no C++ compiler (c++, g++, clang++); {REMEDY}")
 
 

@@ -1,0 +1,199 @@
+"""Building the C++ kernels: caching, damage, rivals, and life without a compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sambay.ops.native import builder, library
+
+needs_compiler = pytest.mark.skipif(
+    library.why_unavailable() is not None, reason=str(library.why_unavailable())
+)
+SCAN_TWICE = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+import torch
+from sambay.ops.selective_scan import selective_scan
+x = torch.ones(1, 3, 2, requires_grad=True)
+for _ in range(2):
+    y, _ = selective_scan(
+        x, x, -torch.ones(2, 2), x, x, torch.ones(2), delta_bias_E=torch.zeros(2)
+    )
+y.sum().backward()
+print("gradient", x.grad.isfinite().all().item())
+"""
+
+
+def start(script: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> list[str]:
+    output, complaints = process.communicate(timeout=250)
+    assert process.returncode == 0, complaints
+    assert complaints == ""
+    return output.splitlines()
+
+
+def libraries(cache: Path) -> list[Path]:
+    return sorted(cache.glob("sambay/native/*/kernels-*.so"))
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["no compiler", "a broken compiler"])
+def test_without_a_compiler_torch_serves_and_says_so_once(broken, tmp_path):
+    compiler = tmp_path / "compiler"
+    reason = (
+        f"CXX names '{compiler}', which is not a program; install one (for example: apt install"
+    )
+    if broken:
+        compiler.write_text("#!/bin/sh\necho 'boom: internal compiler error' >&2\nexit 4\n")
+        compiler.chmod(0o755)
+        reason = f"the C++ compiler {compiler} failed: boom: internal compiler error"
+    lines = finish(start(SCAN_TWICE, tmp_path / "cache", CXX=str(compiler), PATH=""))
+    assert lines[-1] == "gradient True"
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert reason in warnings[0]
+    assert any("selective_scan: using backend 'torch' (native: " in line for line in lines)
+    assert not libraries(tmp_path / "cache")
+
+
+def test_a_compiler_is_looked_for_where_the_user_says(monkeypatch, tmp_path):
+    for name in ("g++", "clang++", "mine"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert builder._compiler() == [str(tmp_path / "g++")]
+    monkeypatch.setenv("CXX", "mine --fast")
+    assert builder._compiler() == [str(tmp_path / "mine"), "--fast"]
+    monkeypatch.setenv("CXX", "yours")
+    with pytest.raises(builder.BuildError, match="CXX names 'yours'"):
+        builder._compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(builder.BuildError, match="there is no C"):
+        builder._compiler()
+
+
+@needs_compiler
+def test_two_processes_build_once_and_both_work(tmp_path):
+    rivals = [start(SCAN_TWICE, tmp_path) for _ in range(2)]
+    outputs = [finish(rival) for rival in rivals]
+    assert all("INFO selective_scan: using backend 'native'" in lines for lines in outputs)
+    built = [line for lines in outputs for line in lines if "built the C++ kernels" in line]
+    assert len(built) == 1
+    assert len(libraries(tmp_path)) == 1
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A cache in which the kernels lie ready."""
+    cache = tmp_path_factory.mktemp("with a space")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        builder.load()
+    return cache
+
+
+@needs_compiler
+def test_a_second_load_does_not_compile(built, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built))
+    monkeypatch.setattr(builder, "_compile", None)
+    assert builder.load().sambay_scan_forward
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "empty"])
+def test_a_damaged_library_is_built_again(damage, built, tmp_path, monkeypatch, caplog):
+    (intact,) = libraries(built)
+    content = bytearray(intact.read_bytes())
+    if damage == "cut short":
+        content = content[: len(content) // 2]
+    elif damage == "one bit":
+        content[len(content) // 2] ^= 1
+    else:
+        content.clear()
+    damaged = tmp_path / intact.relative_to(built)
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # The compiler itself is not what this is about.
+    monkeypatch.setattr(builder, "_compile", lambda compiler, scratch: intact)
+    assert builder.load().sambay_scan_forward
+    assert libraries(tmp_path) == [damaged]
+    assert damaged.read_bytes() == intact.read_bytes()
+    assert f"{damaged} is damaged" in caplog.text
+
+
+@needs_compiler
+def test_an_intact_file_that_does_not_load_is_built_again(built, tmp_path, monkeypatch):
+    (intact,) = libraries(built)
+    content = b"made for another system"
+    foreign = tmp_path / intact.parent.relative_to(built) / f"kernels-{builder._digest(content)}.so"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(content)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(builder, "_compile", lambda compiler, scratch: intact)
+    assert builder.load().sambay_scan_forward
+    assert [path.name for path in libraries(tmp_path)] == [intact.name]
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_only_costs_the_next_start(built, tmp_path, monkeypatch):
+    (intact,) = libraries(built)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(builder, "_compile", lambda compiler, scratch: intact)
+    assert builder.load().sambay_scan_forward
+
+
+@needs_compiler
+def test_the_key_follows_what_a_build_depends_on(monkeypatch, tmp_path):
+    compiler = builder._compiler()
+    keys = {builder._key(compiler)}
+    keys.add(builder._key([*compiler, "-O1"]))
+    monkeypatch.setattr(builder, "_processor", lambda: "another")
+    keys.add(builder._key(compiler))
+    source = tmp_path / "kernels.cpp"
+    source.write_text("int main() {}")
+    monkeypatch.setattr(builder, "_sources", lambda: [source])
+    keys.add(builder._key(compiler))
+    assert len(keys) == 4
+
+
+@needs_compiler
+def test_flags_a_compiler_does_not_know_are_left_out(tmp_path, monkeypatch):
+    source = tmp_path / "small.cpp"
+    visible = '__attribute__((visibility("default")))'
+    source.write_text(f'extern "C" {visible} int answer() {{ return 42; }}')
+    monkeypatch.setattr(builder, "_sources", lambda: [source])
+    monkeypatch.setattr(builder, "CPU_FLAGS", [["-mcpu=no-such-processor"], []])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert builder.load().answer() == 42
+
+
+@needs_compiler
+def test_torchs_own_openmp_is_used_and_no_second_one():
+    library.kernels()
+    assert len(library._mapped_openmp()) == 1
+    assert library._find_openmp() is not None
+
+
+def test_the_sources_are_found_beside_the_builder():
+    assert {path.name for path in builder._sources()} == {
+        "causal_conv.cpp",
+        "selective_scan.cpp",
+        "step.cpp",
+    }
