@@ -112,6 +112,13 @@ def _start(source: Path, out: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def _children(parent: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -140,7 +147,7 @@ def test_kill_9_of_the_command_loses_at_most_the_shards_in_work(tmp_path: Path) 
         process.wait()
         assert not (out / "manifest.json").exists()
         deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{child}").exists() for child in children):
+        while any(_runs(child) for child in children):
             assert time.monotonic() < deadline, "workers outlived the command"
             time.sleep(0.01)
         for path in units.glob("0*.json"):

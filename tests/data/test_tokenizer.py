@@ -114,6 +114,16 @@ def test_the_trained_end_is_id_0_and_never_comes_from_text(trained: Tokenizer) -
     assert trained.decode([*trained.encode("a b"), 0]) == "a b"
 
 
+def test_no_special_token_comes_from_text(trained: Tokenizer) -> None:
+    inner = tokenizers.Tokenizer.from_str(trained.definition)
+    inner.add_special_tokens(["<|user|>"])
+    chat = Tokenizer(inner.to_str(), END_OF_TEXT)
+    number = chat.vocab_size - 1
+    assert number not in chat.encode("é <|user|> a<|user|>")
+    assert chat.decode(chat.encode("é <|user|> a<|user|>")) == "é <|user|> a<|user|>"
+    assert chat.encode("<|user|>", special_tokens=True) == [number]
+
+
 def test_an_end_not_marked_special_is_hidden_too(trained: Tokenizer) -> None:
     content = json.loads(trained.definition)
     content["added_tokens"][0]["special"] = False

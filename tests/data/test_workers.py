@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,3 +59,45 @@ def test_failures_reach_the_caller_and_stop_the_others_at_once(
         list(run_tasks(misbehave, str(tmp_path), ["sleep", task], 2, print))
     assert time.monotonic() - started < 25
     assert not (tmp_path / "survived").exists()
+
+
+_LONG_TASK = """
+import os, time
+from pathlib import Path
+from sambay.data.workers import run_tasks
+
+def work(marks, task, advance):
+    Path(marks, str(os.getpid())).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    list(run_tasks(work, MARKS, [1, 2], 2, print))
+"""
+
+
+def test_workers_end_with_their_parent_even_inside_a_long_task(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    script = tmp_path / "long.py"
+    script.write_text(_LONG_TASK.replace("MARKS", repr(str(marks))))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    while len(list(marks.iterdir())) < 2:
+        assert parent.poll() is None
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    for mark in marks.iterdir():
+        while _alive(int(mark.name)):
+            assert time.monotonic() < deadline, "a worker outlived its parent"
+            time.sleep(0.01)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # Whoever adopts orphans in a container may be slow to collect the dead.
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
