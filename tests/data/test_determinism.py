@@ -259,6 +259,8 @@ def test_an_empty_split_names_the_fraction_that_helps(texts: Path, tmp_path: Pat
         ({"vocab_size": 300, "validation_fraction": 1.0}, "below 1"),
         ({"vocab_size": 300, "validation_fraction": float("nan")}, "below 1"),
         ({"vocab_size": 300, "shard_tokens": 0}, "--shard-tokens"),
+        ({"vocab_size": 300, "include": ("\udce9*",)}, "not valid UTF-8"),
+        ({"vocab_size": 300, "document_separator": "\udce9"}, "not valid UTF-8"),
         ({"vocab_size": 300, "max_document_bytes": 10}, "--max-document-bytes"),
     ],
 )

@@ -58,6 +58,10 @@ class PrepareSettings:
                 raise ConfigError(
                     "--eos-token belongs to --tokenizer; a trained tokenizer has its own, drop it"
                 )
+        strings = (self.text_field, self.document_separator, *self.include, *self.exclude)
+        for text in strings:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ConfigError(f"{text!r} is not valid UTF-8; give it in that encoding")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(
                 f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1"
