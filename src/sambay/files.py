@@ -29,8 +29,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         WriteFailed: the operating system refused (names the file and the cause).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise WriteFailed(_explain(path, error)) from error
