@@ -155,20 +155,24 @@ def test_samples_of_one_prompt_share_its_prefill() -> None:
 
 @pytest.mark.parametrize("name", ["samba", "sambay"])
 def test_without_a_limit_the_cache_grows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "FIRST_GROWTH", 2)
+    monkeypatch.setattr(engine_module, "FIRST_GROWTH", 1)
     reserved: list[int] = []
     reserve = ModelCache.reserve
     monkeypatch.setattr(
         ModelCache, "reserve", lambda self, n: (reserved.append(n), reserve(self, n))[1]
     )
     model = tiny_model(name)
-    prompts = random_prompts(seed=6, count=3, longest=4)
+    prompts = random_prompts(seed=6, count=3, longest=2)  # columns begin below the window
     heard: list[int] = []
 
     def enough(token: int) -> bool:
         heard.append(token)
         return len(heard) == 31
 
+    alone = Engine(model).generate([Request(prompts[0], None, stop_when=enough)])[0]
+    assert heard == alone.tokens
+    Twin(model, prompts[0], 31).assert_equal(alone)
+    heard.clear()
     requests = [Request(prompts[0], None, stop_when=enough), Request(prompts[1], 12)]
     unlimited, limited = Engine(model).generate(requests)
     assert (unlimited.finish_reason, limited.finish_reason) == ("stop", "length")
@@ -259,6 +263,42 @@ def test_finished_rows_leave_the_batch() -> None:
         size = alive if alive <= 0.75 * size else size
         wanted.append(size)
     assert sizes[1:] == wanted == [6, 6, 6, 4, 4, 3, 3, 2, 2, 1, 1]
+
+
+def test_scarce_memory_costs_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for copies, prompts are not shared and finished rows stay."""
+    model = tiny_model("sambay")
+    prompt, other = random_prompts(seed=11, count=2)
+    requests = [Request(prompt, 2), Request(prompt, 9), Request(other, 2)]
+    wanted = Engine(model).generate(requests)
+    engine = Engine(model)
+    need = engine._batch_bytes(3, 23 + 8)
+    for module in ("memory", "engine"):
+        monkeypatch.setattr(f"sambay.generate.{module}.available_bytes", lambda device: need)
+    # Once the cache is allocated hardly anything is left.
+    allocate = ModelCache.allocate
+
+    def take_all(*args: Any, **kwargs: Any) -> ModelCache:
+        monkeypatch.setattr(engine_module, "available_bytes", lambda device: 10)
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(ModelCache, "allocate", take_all)
+    sizes: list[int] = []
+    hook = model.embedding.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    try:
+        completions = engine.generate(requests)
+    finally:
+        hook.remove()
+    assert sizes == [3] * 9
+    assert [c.tokens for c in completions] == [c.tokens for c in wanted]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_can_be_trained_after_it_has_generated(name: str) -> None:
+    model = tiny.tiny_model(name, dtype=torch.float32)
+    Engine(model).generate([Request([1, 2, 3], 4)])
+    model(torch.tensor([[1, 2, 3, 4, 5, 6, 7]])).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_streaming_is_ordered_lazy_and_leaves_no_mode_behind() -> None:

@@ -154,7 +154,7 @@ class Engine:
             started = time.perf_counter()
             num_tokens = batch.num_alive
             keep_B = batch.rows_to_keep()
-            if keep_B is not None:
+            if keep_B is not None and self._fits(cache.nbytes):  # dropping rows copies the rest
                 batch.select(keep_B)
                 cache.select_rows(keep_B)
             if cache.length == capacity:
@@ -168,16 +168,7 @@ class Engine:
     @torch.inference_mode()
     def _prefill(self, prompts: Sequence[Tensor], capacity: int) -> tuple[Tensor, ModelCache]:
         """Logits after the prompts, (B, V), and the cache of `capacity` columns that holds them."""
-        # Several samples of one prompt share one prefill.
-        first_row: dict[bytes, int] = {}
-        unique: list[Tensor] = []
-        source: list[int] = []
-        for prompt_T in prompts:
-            key = prompt_T.numpy().tobytes()
-            if key not in first_row:
-                first_row[key] = len(unique)
-                unique.append(prompt_T)
-            source.append(first_row[key])
+        unique, source = self._shared(prompts, capacity)
         longest = max(len(prompt_T) for prompt_T in unique)
         padded_BT = torch.zeros(len(unique), longest, dtype=torch.int64)
         for row_T, prompt_T in zip(padded_BT, unique, strict=True):
@@ -205,6 +196,18 @@ class Engine:
             logits_BV = logits_BV[source_B]
         return logits_BV, cache
 
+    def _shared(self, prompts: Sequence[Tensor], capacity: int) -> tuple[list[Tensor], list[int]]:
+        """The prompts to prefill, and for every row which of them it continues.
+
+        Several samples of one prompt share a prefill, if memory allows the copying it takes.
+        """
+        rows: dict[bytes, int] = {}
+        source = [rows.setdefault(prompt_T.numpy().tobytes(), len(rows)) for prompt_T in prompts]
+        both = len(prompts) + len(rows)
+        if len(rows) == len(prompts) or not self._fits(self._batch_bytes(both, capacity)):
+            return list(prompts), list(range(len(prompts)))
+        return [prompts[source.index(row)] for row in range(len(rows))], source
+
     @torch.inference_mode()
     def _decode(self, tokens_B: Tensor, cache: ModelCache) -> Tensor:
         h_B1D = self.model.hidden_states(tokens_B[:, None], cache=cache, outputs="last")
@@ -215,12 +218,17 @@ class Engine:
         return [checked_prompt(request, i, vocab_size) for i, request in enumerate(requests)]
 
     def _has_room(self, batch: RunningBatch, cache: ModelCache, capacity: int) -> bool:
-        """Whether one more column can be stored, if need be in a cache of twice the size."""
+        """Whether one more column can be stored, if need be in a cache of twice the size.
+
+        While that is filled the old cache exists too, but its memory is in use already.
+        """
         if cache.length < capacity:
             return True
+        return self._fits(self._batch_bytes(len(batch.rows), capacity * 2))
+
+    def _fits(self, num_bytes: int) -> bool:
         available = available_bytes(self.device)
-        # While it is copied the old cache exists beside the new one, but it is in use already.
-        return available is None or self._batch_bytes(len(batch.rows), capacity * 2) <= available
+        return available is None or num_bytes <= available
 
     def _batch_bytes(self, batch_size: int, columns: int) -> int:
         return batch_bytes(
