@@ -53,8 +53,10 @@ format: setup  ## let ruff repair what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: setup  ## benchmarks of this machine, as JSON lines under build/benchmarks
-	@.ci/bench
+bench: setup  ## benchmarks on this machine, as JSON under build/benchmarks
+	@for name in scan training prefill decode; do \
+		echo "== $$name"; $(PY) -m benchmarks.$$name --out build/benchmarks/$$name.json; \
+	done
 
 images: setup  ## redraw docs/images from the model configurations
 	@$(PY) -m sambay.plots --out docs/images

@@ -6,12 +6,10 @@ Finished parts of an earlier run in the same folder (data, trained models) are u
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,12 +21,11 @@ from pathlib import Path
 import torch
 
 from sambay.cli.main import main as sambay
-from sambay.data.batches import Batch
 from sambay.data.manifest import TRAIN, VALIDATION
 from sambay.data.shards import TokenDataset
 from sambay.data.tokenizer import Tokenizer
 from sambay.demo.compressors import bits_per_byte
-from sambay.demo.plan import make_plan, read_plan
+from sambay.demo.plan import has_other_length, make_plan, read_plan
 from sambay.demo.report import (
     DemoResult,
     ModelResult,
@@ -44,9 +41,6 @@ from sambay.recipes.demo import demo_sambay, demo_transformer
 from sambay.spec.footprint import parameter_count
 from sambay.speed import GenerationSpeed, compare_generation
 from sambay.train.checkpoint import load_checkpoint_model
-from sambay.train.config import RunConfig
-from sambay.train.evaluate import evaluate
-from sambay.train.loss import cross_entropy
 from sambay.train.metrics import read_metrics
 
 RECIPES = {"SambaY": demo_sambay, "Transformer++": demo_transformer}
@@ -92,38 +86,38 @@ def _parse() -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     out: Path = arguments.out
-    if arguments.fresh:
-        for name in ("data", "plan.json", *map(_folder_name, RECIPES)):
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
+    fresh: bool = arguments.fresh
     with _step(1, "Data: the sources of Python's standard library"):
-        _prepare(out / "data")
+        _prepare(out / "data", fresh)
         validation = TokenDataset.open(out / "data", VALIDATION)
         training = TokenDataset.open(out / "data", TRAIN)
 
     with _step(2, "Training two models of equal size on the same batches"):
         recipes = {title: recipe() for title, recipe in RECIPES.items()}
-        plan = read_plan(out, arguments.minutes)
+        plan = None if fresh else read_plan(out, arguments.minutes)
         if plan is None:
             print("measuring how many tokens fit into the minutes ...", flush=True)
             plan = make_plan(out, arguments.minutes, recipes, training.num_tokens)
         print(f"{plan.total_tokens:,} tokens for each of them", flush=True)
         for title, recipe in RECIPES.items():
+            run_dir = out / _folder_name(title)
             command = ["train", recipe.__name__, *plan.overrides(out / "data")]
-            _sambay([*command, "--run-dir", str(out / _folder_name(title))])
+            command += ["--run-dir", str(run_dir)]
+            # Runs planned for other minutes cannot be continued; these are ours to replace.
+            replace = fresh or has_other_length(run_dir, plan)
+            _sambay([*command, "--fresh"] if replace else command)
         models = {title: load_checkpoint_model(out / _folder_name(title))[0] for title in RECIPES}
 
     with _step(3, "Held-out text: both models beside gzip and xz"):
-        scores = {}
-        for title, model in models.items():
-            scores[title] = _bits_per_byte(model, validation, recipes[title])
-            print(f"{title}: {scores[title]:.3f} bits per byte", flush=True)
+        histories = {title: read_metrics(out / _folder_name(title)) for title in RECIPES}
+        scores = {
+            title: history[-1]["validation_bits_per_byte"] for title, history in histories.items()
+        }
         compressors = bits_per_byte(
             validation.text(0, validation.num_tokens), training.text(0, training.num_tokens)
         )
-        for name, bits in compressors.items():
-            print(f"{name}: {bits:.3f} bits per byte", flush=True)
+        for name, bits in {**scores, **compressors}.items():
+            print(f"{name:<14} {bits:.3f} bits per byte", flush=True)
 
     with _step(4, "The SambaY continues a prompt"):
         continuation = _continue(models["SambaY"], out / "data")
@@ -137,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 title,
                 model.config,
                 parameter_count(model.config),
-                [line for line in read_metrics(out / _folder_name(title)) if "loss" in line],
+                histories[title],
                 scores[title],
                 speeds[title],
             )
@@ -159,34 +153,23 @@ def _run(arguments: argparse.Namespace) -> None:
     _say_goodbye(result, paths, out)
 
 
-def _prepare(data: Path) -> None:
+def _prepare(data: Path, fresh: bool) -> None:
     library = sysconfig.get_path("stdlib")
     command = ["prepare", library, "--out", str(data), "--vocab-size", "4096"]
-    command += ["--include", "*.py", "--validation-fraction", "0.05"]
+    command += ["--include", "*.py", "--validation-fraction", "0.02"]
     for name in NOT_OUR_TEXT:
         command += ["--exclude", name]
-    _sambay(command)
+    _sambay([*command, "--force"] if fresh else command)
 
 
 def _sambay(words: list[str]) -> None:
     """Run a command of the command line tool in this process, showing it first."""
     print(f"$ sambay {shlex.join(words)}", flush=True)
     code = sambay(words)
+    if code >= 128:  # a signal, which the command has answered by saving what it had
+        raise KeyboardInterrupt
     if code != 0:
         raise SambayError(f"`sambay {words[0]}` ended with code {code}; see its message above")
-
-
-def _bits_per_byte(model: LanguageModel, validation: TokenDataset, recipe: RunConfig) -> float:
-    """The score on every token of the split, in windows of the training length."""
-    config = dataclasses.replace(
-        recipe, evaluation=dataclasses.replace(recipe.evaluation, max_tokens=None)
-    )
-
-    def batch_loss(batch: Batch) -> torch.Tensor:
-        h_BTD = model.hidden_states(batch.input_ids)
-        return cross_entropy(h_BTD, model.head_weight, batch.labels)
-
-    return evaluate(batch_loss, validation, config).bits_per_byte
 
 
 def _continue(model: LanguageModel, data: Path) -> str:
@@ -252,7 +235,7 @@ def _environment() -> str:
     from sambay.cli.doctor import cpu_name
 
     return (
-        f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, "
+        f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} processors, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
 

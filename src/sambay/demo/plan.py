@@ -9,7 +9,7 @@ from pathlib import Path
 from sambay.files import write_json
 from sambay.model import LanguageModel
 from sambay.speed import compare_training
-from sambay.train.config import RunConfig
+from sambay.train.config import RunConfig, read_run_config
 
 PLAN_FILE = "plan.json"
 _EPOCHS = 3  # on a fast machine the text ends before the minutes do
@@ -31,7 +31,7 @@ class Plan:
             f"schedule.total_tokens={self.total_tokens}",
             f"schedule.warmup_tokens={self.total_tokens // 20}",
             f"evaluation.every_steps={self.eval_every_steps}",
-            "evaluation.max_tokens=32768",
+            "evaluation.max_tokens=None",
             f"checkpoint.every_steps={self.eval_every_steps * 2}",
             "checkpoint.keep=1",
         ]
@@ -44,6 +44,12 @@ def read_plan(folder: Path, minutes: float) -> Plan | None:
         return None
     plan = Plan(**json.loads(path.read_text()))
     return plan if plan.minutes == minutes else None
+
+
+def has_other_length(run_dir: Path, plan: Plan) -> bool:
+    """Whether the directory holds a run that trains more or fewer tokens than planned."""
+    path = run_dir / "config.json"
+    return path.exists() and read_run_config(path).schedule.total_tokens != plan.total_tokens
 
 
 def make_plan(
@@ -59,6 +65,6 @@ def make_plan(
     )
     tokens = min(60 * minutes * _SHARE * min(rates.values()), _EPOCHS * training_tokens)
     steps = max(20, round(tokens / first.tokens_per_step))
-    plan = Plan(minutes, steps * first.tokens_per_step, max(1, steps // 10))
+    plan = Plan(minutes, steps * first.tokens_per_step, max(1, steps // 8))
     write_json(folder / PLAN_FILE, dataclasses.asdict(plan))
     return plan
