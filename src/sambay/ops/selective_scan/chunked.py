@@ -5,7 +5,8 @@ all tokens at once; the recurrence is one fused multiply-add per token, or, on a
 levels of short recurrences. Nothing is divided by a product of decays, so nothing overflows. Only
 the state before each chunk is kept for the backward, which is written by hand.
 
-Inside, time comes first: tensors are (C, B, E, N) for a chunk of C tokens.
+Inside, time comes first and channels last: tensors are (C, B, N, E) for a chunk of C tokens, so
+that every sum over states adds whole rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from sambay.ops.selective_scan.operator import define, gradients_for, outputs_for
 
-CHUNK = 64  # bounds memory: a chunk needs about six tensors (CHUNK, B, E, N)
+CHUNK = 32  # bounds memory: a chunk needs about six tensors (CHUNK, B, N, E)
 
 
 class _Chunk(NamedTuple):
@@ -31,7 +32,7 @@ class _Chunk(NamedTuple):
     x: Tensor  # (C, B, E)
     B: Tensor  # (C, B, N)
     C: Tensor  # (C, B, N)
-    decay: Tensor  # (C, B, E, N)
+    decay: Tensor  # (C, B, N, E)
 
 
 def _chunk(
@@ -49,10 +50,10 @@ def _chunk(
     )
     z_CBE = delta_CBE + delta_bias
     dt_CBE = softplus(z_CBE)
-    decay_CBEN = (dt_CBE[..., None] * A).exp_()
+    decay_CBNE = (dt_CBE[:, :, None] * A.t()).exp_()
     if resets is not None:
-        decay_CBEN.masked_fill_(resets[:, tokens].t()[..., None, None], 0.0)
-    return _Chunk(z_CBE, dt_CBE, x_CBE, B_CBN, C_CBN, decay_CBEN)
+        decay_CBNE.masked_fill_(resets[:, tokens].t()[..., None, None], 0.0)
+    return _Chunk(z_CBE, dt_CBE, x_CBE, B_CBN, C_CBN, decay_CBNE)
 
 
 def recurrence(decay: Tensor, inputs: Tensor, state: Tensor, lanes: int = 1) -> Tensor:
@@ -75,6 +76,21 @@ def recurrence(decay: Tensor, inputs: Tensor, state: Tensor, lanes: int = 1) -> 
     for run, decays in zip(runs.unbind(), reached.unbind(), strict=True):
         state = run.addcmul_(decays, state)[-1]
     return inputs
+
+
+def reverse_recurrence(decay: Tensor, inputs: Tensor, state: Tensor, lanes: int = 1) -> Tensor:
+    """All g_t = inputs_t + decay_{t+1} * g_{t+1}, from `state` behind the last, as `recurrence`.
+
+    This is how dL/ds runs back through the states. The first decay has no part in it.
+    """
+    if lanes == 1:
+        later = inputs[-1].add_(state)
+        steps = list(zip(inputs.unbind()[:-1], decay.unbind()[1:], strict=True))
+        for g, a in reversed(steps):
+            later = g.addcmul_(a, later)
+        return inputs
+    after = torch.cat([torch.ones_like(decay[:1]), decay.flip(0)[:-1]])
+    return recurrence(after, inputs.flip(0), state, lanes).flip(0)
 
 
 def _lanes(tensor: Tensor) -> int:
@@ -102,17 +118,17 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, final state, saved states), see `operator.define`."""
     y, final_state, saved = outputs_for(x, A, CHUNK, save)
-    state = torch.zeros_like(final_state) if initial_state is None else initial_state
+    state_BNE = _start(x, A, initial_state)
     for index, tokens in enumerate(_chunks(x.shape[1])):
         if save and index > 0:
-            saved[:, index - 1] = state.transpose(1, 2)
+            saved[:, index - 1] = state_BNE
         k = _chunk(tokens, x, delta, A, B, C, delta_bias, resets)
-        inputs_CBEN = (k.dt * k.x)[..., None] * k.B[:, :, None, :]
-        states_CBEN = recurrence(k.decay, inputs_CBEN, state, _lanes(inputs_CBEN))
-        state = states_CBEN[-1]
-        y_CBE = torch.matmul(states_CBEN, k.C[..., None])[..., 0]
-        y[:, tokens] = y_CBE.addcmul_(k.x, D).transpose(0, 1).to(y.dtype)
-    final_state.copy_(state)
+        inputs_CBNE = (k.dt * k.x)[:, :, None] * k.B[..., None]
+        states_CBNE = recurrence(k.decay, inputs_CBNE, state_BNE, _lanes(inputs_CBNE))
+        state_BNE = states_CBNE[-1]
+        y_CBE = _over_states(k.C, states_CBNE).addcmul_(k.x, D)
+        y[:, tokens] = y_CBE.transpose(0, 1).to(y.dtype)
+    final_state.copy_(state_BNE.transpose(1, 2))
     return y, final_state, saved
 
 
@@ -135,33 +151,29 @@ def backward(
     dx, ddelta, dA, dB, dC, dD, dbias, dinitial = gradients
     for total in (dA, dD, dbias):
         total.zero_()
-    rows, channels, states = x.shape[0], *A.shape
-    if initial_state is None:
-        initial_state = A.new_zeros(rows, channels, states)
-    dstate = A.new_zeros(rows, channels, states) if dfinal is None else dfinal
+    first_BNE, dstate_BNE = _start(x, A, initial_state), _start(x, A, dfinal)
     for index, tokens in reversed(list(enumerate(_chunks(x.shape[1])))):
         k = _chunk(tokens, x, delta, A, B, C, delta_bias, resets)
-        state = initial_state if index == 0 else saved[:, index - 1].transpose(1, 2)
+        before_BNE = first_BNE if index == 0 else saved[:, index - 1]
         dy_CBE = dy[:, tokens].transpose(0, 1).to(A.dtype)
         u_CBE = k.dt * k.x
-        inputs_CBEN = u_CBE[..., None] * k.B[:, :, None, :]
-        lanes = _lanes(inputs_CBEN)
-        states_CBEN = recurrence(k.decay, inputs_CBEN, state, lanes)
-        dC[:, tokens] = _over_channels(dy_CBE, states_CBEN).to(dC.dtype)
+        inputs_CBNE = u_CBE[:, :, None] * k.B[..., None]
+        lanes = _lanes(inputs_CBNE)
+        states_CBNE = recurrence(k.decay, inputs_CBNE, before_BNE, lanes)
+        dC[:, tokens] = _over_channels(dy_CBE, states_CBNE).transpose(0, 1).to(dC.dtype)
 
-        # dL/ds obeys the same recurrence backwards, each step with the decay of the token after it.
-        after_CBEN = torch.cat([torch.ones_like(k.decay[:1]), k.decay.flip(0)[:-1]])
-        outer_CBEN = (dy_CBE[..., None] * k.C[:, :, None, :]).flip(0)
-        g_CBEN = recurrence(after_CBEN, outer_CBEN, dstate, lanes).flip(0)
-        dB[:, tokens] = _over_channels(u_CBE, g_CBEN).to(dB.dtype)
-        du_CBE = torch.matmul(g_CBEN, k.B[..., None])[..., 0]
-        g_CBEN.mul_(k.decay)
-        dstate = g_CBEN[0].clone()
-        # From here on g is dL/d(dt A), the exponent of the decay.
-        g_CBEN[0].mul_(state)
-        g_CBEN[1:].mul_(states_CBEN[:-1])
-        dA += torch.einsum("cben,cbe->en", g_CBEN, k.dt)
-        ddt_CBE = (g_CBEN * A).sum(-1).addcmul_(du_CBE, k.x)
+        outputs_CBNE = dy_CBE[:, :, None] * k.C[..., None]
+        g_CBNE = reverse_recurrence(k.decay, outputs_CBNE, dstate_BNE, lanes)  # dL/ds
+        dB[:, tokens] = _over_channels(u_CBE, g_CBNE).transpose(0, 1).to(dB.dtype)
+        du_CBE = _over_states(k.B, g_CBNE)
+        g_CBNE.mul_(k.decay)
+        dstate_BNE = g_CBNE[0].clone()
+        # From here on g is dL/d(dt A), the gradient of the decay's exponent.
+        g_CBNE[0].mul_(before_BNE)
+        g_CBNE[1:].mul_(states_CBNE[:-1])
+        scratch_CBNE = torch.mul(g_CBNE, k.dt[:, :, None], out=states_CBNE)
+        dA += scratch_CBNE.sum((0, 1)).t()
+        ddt_CBE = torch.mul(g_CBNE, A.t(), out=scratch_CBNE).sum(2).addcmul_(du_CBE, k.x)
         # exp(logsigmoid) is the slope of softplus without cancellation.
         dz_CBE = ddt_CBE.mul_(logsigmoid(k.z).exp_())
         dbias += dz_CBE.sum((0, 1))
@@ -170,13 +182,25 @@ def backward(
         dx_CBE = (du_CBE * k.dt).addcmul_(dy_CBE, D)
         dx[:, tokens] = dx_CBE.transpose(0, 1).to(dx.dtype)
     if dinitial.numel():
-        dinitial.copy_(dstate)
+        dinitial.copy_(dstate_BNE.transpose(1, 2))
     return gradients
 
 
-def _over_channels(weights_CBE: Tensor, values_CBEN: Tensor) -> Tensor:
-    """The sum over channels, (B, C, N)."""
-    return torch.matmul(weights_CBE[:, :, None, :], values_CBEN)[:, :, 0].transpose(0, 1)
+def _start(x: Tensor, A: Tensor, state_BEN: Tensor | None) -> Tensor:
+    """A state, or zeros, as (B, N, E)."""
+    if state_BEN is None:
+        return A.new_zeros(x.shape[0], A.shape[1], A.shape[0])
+    return state_BEN.transpose(1, 2).contiguous()
+
+
+def _over_states(weights_CBN: Tensor, values_CBNE: Tensor) -> Tensor:
+    """The weighted sum over states, (C, B, E)."""
+    return torch.matmul(weights_CBN[:, :, None], values_CBNE)[:, :, 0]
+
+
+def _over_channels(weights_CBE: Tensor, values_CBNE: Tensor) -> Tensor:
+    """The weighted sum over channels, (C, B, N)."""
+    return torch.matmul(values_CBNE, weights_CBE[..., None])[..., 0]
 
 
 scan = define("selective_scan_chunked", forward, backward, CHUNK)
