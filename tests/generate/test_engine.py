@@ -372,3 +372,20 @@ def test_outputs_that_are_no_numbers_are_reported() -> None:
     model.logits = lambda h_BTD: torch.full((len(h_BTD), 1, VOCAB), torch.nan)
     with pytest.raises(SambayError, match="output for prompt 0 is not a number after 0 tokens"):
         model.engine().generate([Request([1], 3)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["transformer++", "sambay", "sambay+da"])
+def test_a_gpu_gives_what_the_cpu_gives(name: str) -> None:
+    prompts = random_prompts(seed=12, count=5)
+    settings = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, top_k=9),
+        SamplingParams(temperature=1.0, top_p=0.8),
+        SamplingParams(repetition_penalty=1.5),
+    ]
+    requests = [Request(p, 20, s) for p, s in zip(prompts, settings, strict=True)]
+    on_cpu = Engine(tiny_model(name)).generate(requests)
+    on_gpu = Engine(tiny.tiny_model(name, dtype=torch.float32).cuda()).generate(requests)
+    assert [c.tokens for c in on_gpu] == [c.tokens for c in on_cpu]
