@@ -108,7 +108,7 @@ def test_missing_field_is_named_and_defaults_may_be_absent() -> None:
     del values["optimizer"]["weight_decay"]
     assert RunConfig.from_dict(values) == demo_sambay()
     del values["optimizer"]["peak_learning_rate"]
-    with pytest.raises(ConfigError, match="'optimizer.peak_learning_rate' is missing"):
+    with pytest.raises(ConfigError, match=r"'optimizer\.peak_learning_rate' is missing"):
         RunConfig.from_dict(values)
 
 

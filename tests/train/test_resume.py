@@ -233,3 +233,35 @@ def test_schedule_may_change_when_asked(make_config: MakeConfig, tmp_path: Path)
     other_model = replace(longer, model=config.model.replace(window=6))
     with pytest.raises(CheckpointMismatch, match=r"model\.window"):
         train(other_model, tmp_path, change_schedule=True)
+
+
+def test_a_signal_while_saving_loses_nothing(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = CheckpointStore.save
+
+    def interrupted(self: CheckpointStore, *args: Any) -> Path:
+        path = plain(self, *args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return path
+
+    monkeypatch.setattr(CheckpointStore, "save", interrupted)
+    config = make_config()
+    outcome = train(config, tmp_path)
+    assert (outcome.progress.step, outcome.stopped_by) == (2, signal.SIGTERM)
+    store = CheckpointStore(tmp_path, config.checkpoint)
+    assert store.steps() == [2]
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_ends_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
+    class Impatient(StopAt):
+        def step(self, step: int, *rest: Any) -> None:
+            super().step(step)
+            super().step(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(), tmp_path, display=Impatient(3))
+    assert CheckpointStore(tmp_path, CheckpointConfig()).steps() == [2]
+    assert train(make_config(), tmp_path).progress.step == 6

@@ -115,7 +115,8 @@ def build_from_weights(
     wanted = stored_tensors(model)
     check_tensors(wanted, weights)
     with _opened(weights) as file:
-        _materialise(model, {id(wanted[name]): file.get_tensor(name) for name in wanted})
+        values = {id(tensor): file.get_tensor(name).clone() for name, tensor in wanted.items()}
+    materialise(model, values)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -228,12 +229,12 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _materialise(model: nn.Module, values: Mapping[int, Tensor]) -> None:
-    """Put values in the place of meta tensors, by identity, so that tied ones stay tied."""
-    parameters = {
-        key: nn.Parameter(value.clone(memory_format=torch.contiguous_format))
-        for key, value in values.items()
-    }
+def materialise(model: nn.Module, values: Mapping[int, Tensor]) -> None:
+    """Give every parameter of a model built on the meta device a value.
+
+    `values` is keyed by the `id` of the meta parameter, so that tied parameters stay tied.
+    """
+    parameters = {key: nn.Parameter(value) for key, value in values.items()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module.register_parameter(name, parameters[id(parameter)])

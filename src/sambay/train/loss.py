@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sambay.train.plan import chunk_tokens
+
 IGNORE = -100  # a label that counts neither in the sum nor among the tokens
 
 
@@ -35,7 +37,7 @@ def cross_entropy(
     """
     h_MD, labels_M = h_MD.flatten(0, -2), labels_M.flatten()
     if chunk is None:
-        chunk = min(max(2**24 // weight_VD.shape[0], 64), 1024)  # at most about 64 MiB of logits
+        chunk = chunk_tokens(weight_VD.shape[0])
     needs_gradient = torch.is_grad_enabled() and (h_MD.requires_grad or weight_VD.requires_grad)
     return _ChunkedCrossEntropy.apply(h_MD, weight_VD, labels_M, chunk, needs_gradient)
 

@@ -43,16 +43,16 @@ class MetricsLog:
         if self._board is not None:
             self._board.close()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line; it reaches the operating system before this returns."""
+    def write(self, values: dict[str, float]) -> None:
+        """Append one line, which has a "step"; it is with the operating system on return."""
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
             raise WriteFailed(f"cannot write {self.path}: {error}; free some space") from error
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add_scalar(name, value, values["step"])
 
     def flush_to_disk(self) -> None:
         """Make sure that all lines survive a power cut; called before a checkpoint is published."""
