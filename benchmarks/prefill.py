@@ -1,0 +1,95 @@
+"""Prefill of a long prompt: the last token's logits against the full forward of the same model.
+
+    python -m benchmarks.prefill --out build/benchmarks/prefill.json
+
+Time as a ratio within each round; FLOPs from torch's counter, whose share for the projections must
+be the one computed from the configuration (arXiv 2507.06607, section 2: linear prefill).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import peers
+from benchmarks.measure import environment, interleaved, write_result
+from sambay.model import LanguageModel
+from sambay.model.model import Outputs
+from sambay.spec import ModelConfig, footprint
+
+CONFIGS = {"SambaY": peers.sambay_20m, "Transformer++": peers.transformer_20m}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/prefill.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = {
+        name: compare(config(), args.tokens, args.rounds) for name, config in CONFIGS.items()
+    }
+    for name, result in results.items():
+        print(f"\nprefill of {args.tokens} tokens, {name}, float32")
+        print(f"  all logits          {result['seconds']['all']:7.2f} s")
+        print(f"  last token's logits {result['seconds']['last']:7.2f} s")
+        print(f"  share of the time   {result['time_share']:7.3f}")
+        print(
+            f"  share of the projections' FLOPs {result['flop_share']:.4f}, "
+            f"by arithmetic {result['predicted_flop_share']:.4f}"
+        )
+    write_result(args.out, {"environment": environment(), "results": results})
+
+
+@torch.inference_mode()
+def compare(config: ModelConfig, tokens: int, rounds: int) -> dict:
+    """Seconds and projection FLOPs of both forwards, and their ratios."""
+    model = LanguageModel(config).eval()
+    ids = torch.randint(0, config.vocab_size, (1, tokens))
+    seconds = interleaved(
+        {
+            "all": lambda: model(ids),
+            "hidden": lambda: model.hidden_states(ids),
+            "last": lambda: model(ids, outputs="last"),
+        },
+        rounds=rounds,
+        warmup=1,
+    )
+
+    def share(of: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds["last"], seconds[of], strict=True))
+
+    return {
+        "tokens": tokens,
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "time_share": share("all"),
+        "time_share_without_head": share("hidden"),
+        "flop_share": projection_flops(model, ids, "last") / projection_flops(model, ids, "all"),
+        "predicted_flop_share": footprint.prefill_share(config),
+    }
+
+
+def projection_flops(model: LanguageModel, ids: torch.Tensor, outputs: Outputs) -> int:
+    """FLOPs of the blocks' Linear layers in one forward, by torch's counter."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.hidden_states(ids, outputs=outputs)
+    counts = counter.get_flop_counts()
+    linear = {
+        name for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)
+    }
+    prefix = f"{type(model).__name__}.blocks."
+    return sum(
+        sum(count.values()) for name, count in counts.items() if name.removeprefix(prefix) in linear
+    )
+
+
+if __name__ == "__main__":
+    main()
