@@ -6,6 +6,7 @@ import random
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -353,6 +354,18 @@ def test_bad_requests_are_refused_before_any_work(request_: Request, message: st
     assert model.calls == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_prompts_may_be_lists_arrays_or_tensors() -> None:
+    engine = Engine(tiny_model("sambay"))
+    ids = [5, 9, 2, 33]
+    frozen = np.array(ids, dtype=np.uint32)
+    frozen.flags.writeable = False
+    forms = [ids, tuple(ids), range(2, 6), frozen, torch.tensor(ids, dtype=torch.int32)]
+    completions = engine.generate([Request(form, 5) for form in forms])
+    assert [c.tokens for c in completions[3:]] == [completions[0].tokens] * 2
+    assert engine.timings.prefill_tokens == 8  # four spellings of one prompt, and the range
+
+
 def test_no_requests_give_no_completions() -> None:
     engine = Engine(tiny_model("sambay"))
     assert engine.generate([]) == []
@@ -363,6 +376,8 @@ def test_no_requests_give_no_completions() -> None:
 def test_bad_engine_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="prefill_chunk is 0"):
         Engine(tiny_model("sambay"), prefill_chunk=0)
+    with pytest.raises(ConfigError, match=r"model is in torch.float64; .* model.float\(\)"):
+        Engine(tiny.tiny_model("sambay", dtype=torch.float64))
     with pytest.raises(ConfigError, match="max_batch_size is 0"):
         Engine(tiny_model("sambay")).generate_many([Request([1], 1)], max_batch_size=0)
 

@@ -34,6 +34,8 @@ FIRST_GROWTH = 256
 MEMORY_SHARE = 0.9
 """Part of the available memory that `generate_many` plans to use."""
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass
 class Timings:
@@ -52,16 +54,21 @@ class Timings:
 class Engine:
     """Continues prompts with a model.
 
-    model: on any device and in any floating dtype; its parameters are only read.
+    model: on any device, in float32 or narrower; its parameters are only read.
     prefill_chunk: tokens (rows x columns) per prefill call, which bounds the activations.
 
     Raises:
-        ConfigError: `prefill_chunk` below 1.
+        ConfigError: `prefill_chunk` below 1, or a model in float64.
     """
 
     def __init__(self, model: LanguageModel, *, prefill_chunk: int = 2048) -> None:
         if prefill_chunk < 1:
             raise ConfigError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
+        if model.head_weight.dtype not in _DTYPES:
+            raise ConfigError(
+                f"the model is in {model.head_weight.dtype}; its cache keeps float32 states, so use "
+                "model.float() or model.bfloat16()"
+            )
         self.model = model
         self.prefill_chunk = prefill_chunk
         self.timings = Timings()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +25,14 @@ def never(token: int) -> bool:
 class Request:
     """One prompt to continue.
 
-    prompt: token ids, at least one.
+    prompt: token ids, at least one; a list, an integer array or a tensor.
     max_new_tokens: most tokens to produce; None goes on until something stops it or memory ends.
     stop_token_ids: producing one of these ends the continuation (it is part of the answer).
     stop_when: called once with every token produced, in order; True ends the continuation. This is
         where stop strings attach; it may keep state, so give each request its own.
     """
 
-    prompt: Sequence[int]
+    prompt: Sequence[int] | np.ndarray | Tensor
     max_new_tokens: int | None
     sampling: SamplingParams = GREEDY
     stop_token_ids: Collection[int] = frozenset()
@@ -79,7 +80,10 @@ def checked_prompt(request: Request, number: int, vocab_size: int) -> Tensor:
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"max_new_tokens is {limit!r}; it must be an integer of at least 1")
     try:
-        prompt_T = torch.as_tensor(request.prompt, device="cpu")
+        if isinstance(request.prompt, Tensor):
+            prompt_T = request.prompt.detach().cpu()
+        else:
+            prompt_T = torch.tensor(request.prompt)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _not_token_ids(number) from error
     if prompt_T.is_floating_point() or prompt_T.dtype == torch.bool or prompt_T.ndim != 1:
