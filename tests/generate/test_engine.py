@@ -326,34 +326,6 @@ def test_bfloat16_models_keep_bfloat16_keys() -> None:
     assert len(completion.tokens) == 9
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (Request([], 3), "prompt 1 is empty"),
-        (Request([5, VOCAB, 2], 3), f"prompt 1 holds token id {VOCAB}, .* of {VOCAB}"),
-        (Request([5, -1], 3), "prompt 1 holds token id -1"),
-        (Request([5], 0), "max_new_tokens is 0; .* at least 1"),
-        (Request([5], 2.5), "max_new_tokens is 2.5"),  # pyright: ignore[reportArgumentType]
-        (Request([0.5], 2), "not a list of token ids"),  # pyright: ignore[reportArgumentType]
-        (Request("text", 2), "not a list of token ids"),  # pyright: ignore[reportArgumentType]
-        (Request([[1], [2]], 2), "not a list of token ids"),  # pyright: ignore[reportArgumentType]
-        (Request([10**30], 2), "not a list of token ids"),
-    ],
-)
-def test_bad_requests_are_refused_before_any_work(request_: Request, message: str) -> None:
-    model = ScriptedModel([1], prompt_length=1)
-    engine = model.engine()
-    requests = [Request([1], 3), request_]
-    for start in (
-        engine.generate,
-        engine.stream,
-        lambda r: engine.generate_many(r, max_batch_size=2),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            start(requests)
-    assert model.calls == []
-
-
 @pytest.mark.filterwarnings("error")
 def test_prompts_may_be_lists_arrays_or_tensors() -> None:
     engine = Engine(tiny_model("sambay"))

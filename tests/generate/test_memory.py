@@ -9,7 +9,6 @@ import torch
 
 from sambay.generate import Engine, Request, memory
 from sambay.generate.memory import NotEnoughMemory, available_bytes, readable_bytes
-from sambay.generate.requests import plan_batches
 from tests.generate.scripted import ScriptedModel
 from tests.tiny import tiny_config
 
@@ -92,25 +91,6 @@ def test_the_need_grows_with_rows_and_columns_and_is_bounded_by_the_chunk() -> N
 )
 def test_bytes_are_readable(count: int, text: str) -> None:
     assert readable_bytes(count) == text
-
-
-def test_batches_are_planned_by_length_within_the_limits() -> None:
-    lengths = [5, 100, 7, 90, 6, 2, 95, 5]
-    new_tokens = [10, 10, 500, 10, 10, 10, 10, 20]
-    asked: list[tuple[int, int]] = []
-
-    def fits(batch_size: int, columns: int) -> bool:
-        asked.append((batch_size, columns))
-        return batch_size * columns <= 300
-
-    batches = plan_batches(lengths, new_tokens, 3, fits)
-    assert batches == [[1, 6], [3], [2], [4, 7, 0], [5]]
-    assert (2, 110) in asked
-
-
-def test_a_request_that_fits_nowhere_still_gets_its_own_batch() -> None:
-    assert plan_batches([9, 3], [1, 1], 8, lambda batch_size, columns: False) == [[0], [1]]
-    assert plan_batches([], [], 8, lambda batch_size, columns: True) == []
 
 
 def test_an_engine_reports_its_place() -> None:

@@ -66,8 +66,8 @@ class Engine:
             raise ConfigError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
         if model.head_weight.dtype not in _DTYPES:
             raise ConfigError(
-                f"the model is in {model.head_weight.dtype}; its cache keeps float32 states, so use "
-                "model.float() or model.bfloat16()"
+                f"the model is in {model.head_weight.dtype}; its cache keeps float32 states; "
+                "use model.float() or model.bfloat16()"
             )
         self.model = model
         self.prefill_chunk = prefill_chunk
