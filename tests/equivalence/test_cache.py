@@ -97,13 +97,14 @@ def test_float32_on_the_fast_backends(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sambay", "transformer++"])
+@pytest.mark.parametrize("order", [[2, 0], [0, 2], [1, 2]])
 @torch.no_grad()
-def test_rows_can_leave(name: str) -> None:
+def test_rows_can_leave(name: str, order: list[int]) -> None:
     model = tiny_model(name)
     ids, starts = random_ids(3, 20), torch.tensor([3, 0, 6])
     cache = allocate(model, 3, 20, starts)
     model(ids[:, :12], cache=cache)
-    keep = torch.tensor([2, 0])
+    keep = torch.tensor(order)
     before = cache.nbytes
     cache.select_rows(keep)
     assert cache.nbytes * 3 == before * 2
@@ -114,17 +115,29 @@ def test_rows_can_leave(name: str) -> None:
 
 
 @torch.no_grad()
-def test_a_cache_can_grow() -> None:
+def test_leaving_rows_close_up_without_a_copy() -> None:
     model = tiny_model("sambay")
+    cache = allocate(model, 4, 8)
+    places = [{n: x.data_ptr() for n, x in s.buffers.items()} for s in cache.layers if s]
+    cache.select_rows(torch.tensor([1, 3]))
+    assert places == [{n: x.data_ptr() for n, x in s.buffers.items()} for s in cache.layers if s]
+
+
+@pytest.mark.parametrize("name", ["sambay", "samba", "transformer-ls"])
+@pytest.mark.parametrize("capacity", [3, 6])
+@torch.no_grad()
+def test_a_cache_can_grow_and_never_forgets_silently(name: str, capacity: int) -> None:
+    """Also where it was first shorter than the window."""
+    model = tiny_model(name, window=8)
     ids = random_ids(2, 20)
-    cache = allocate(model, 2, 6)
-    first = model(ids[:, :6], cache=cache)
-    with pytest.raises(ConfigError, match="capacity of 6"):
-        model(ids[:, 6:7], cache=cache)
-    cache = allocate(model, 2, 6)
-    model(ids[:, :6], cache=cache)
+    cache = allocate(model, 2, capacity)
+    first = model(ids[:, :capacity], cache=cache)
+    with pytest.raises(ConfigError, match=f"capacity of {capacity}"):
+        model(ids[:, capacity : capacity + 1], cache=cache)
+    cache = allocate(model, 2, capacity)
+    model(ids[:, :capacity], cache=cache)
     cache.reserve(20)
-    rest = model(ids[:, 6:], cache=cache)
+    rest = model(ids[:, capacity:], cache=cache)
     assert_close(torch.cat((first, rest), dim=1), model(ids))
 
 

@@ -25,8 +25,21 @@ class LayerState:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
     def select_rows(self, index: Tensor) -> None:
-        """Keep only the rows in `index` (int64), in that order."""
-        self.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
+        """Keep only the rows in `index` (int64), in that order.
+
+        Rows that merely close up are moved in place, without a second copy of the state.
+        """
+        rows = index.tolist()
+        closing_up = rows == sorted(set(rows))
+        for name, buffer in self.buffers.items():
+            with torch.inference_mode(buffer.is_inference()):  # such tensors change only there
+                if not closing_up:
+                    self.buffers[name] = buffer[index]
+                    continue
+                for new, old in enumerate(rows):
+                    if new != old:
+                        buffer[new] = buffer[old]
+                self.buffers[name] = buffer[: len(rows)]
 
 
 class MambaState(LayerState):
@@ -40,12 +53,23 @@ class MambaState(LayerState):
 
 
 class KVState(LayerState):
-    """Keys and values of attention, (B, K, columns, P) each."""
+    """Keys and values of attention, (B, K, columns, P) each.
+
+    window: the most columns that are ever needed; None if all are.
+    """
 
     def __init__(
-        self, batch: int, K: int, columns: int, P: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        K: int,
+        capacity: int,
+        P: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int | None = None,
     ) -> None:
-        shape = (batch, K, columns, P)
+        self.window = window
+        shape = (batch, K, self._columns_for(capacity), P)
         super().__init__(
             keys=torch.empty(shape, dtype=dtype, device=device),
             values=torch.empty(shape, dtype=dtype, device=device),
@@ -59,8 +83,33 @@ class KVState(LayerState):
     def append(
         self, keys: Tensor, values: Tensor, context: BatchContext
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store new columns; returns keys and values to attend to, and `starts` among them."""
+        """Store new columns; returns keys and values to attend to, and `starts` among them.
+
+        Raises:
+            ConfigError: the cache has no room left.
+        """
         raise NotImplementedError
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for a text of `capacity` columns, keeping what is stored."""
+        columns = self._columns_for(capacity)
+        if columns <= self.columns:
+            return
+        for name, old in self.buffers.items():
+            with torch.inference_mode(old.is_inference()):
+                new = old.new_empty(*old.shape[:2], columns, old.shape[3])
+                new[:, :, : old.shape[2]] = old  # a ring that may still grow has not wrapped yet
+            self.buffers[name] = new
+
+    def _columns_for(self, capacity: int) -> int:
+        return capacity if self.window is None else min(capacity, self.window)
+
+    def _require_room(self, end: int) -> None:
+        if end > self.columns != self.window:
+            raise ConfigError(
+                f"cache: column {end} does not fit a capacity of {self.columns}; "
+                "allocate the cache for prompt plus new tokens"
+            )
 
 
 class FullKV(KVState):
@@ -69,28 +118,13 @@ class FullKV(KVState):
     def append(
         self, keys: Tensor, values: Tensor, context: BatchContext
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store new columns; returns all columns up to now, without a copy.
-
-        Raises:
-            ConfigError: the cache has no room left.
-        """
+        """Store new columns; returns all columns up to now, without a copy."""
         end = context.offset + keys.shape[2]
-        if end > self.columns:
-            raise ConfigError(
-                f"cache: column {end} does not fit a capacity of {self.columns}; "
-                "allocate the cache for prompt plus new tokens"
-            )
+        self._require_room(end)
         for name, new in (("keys", keys), ("values", values)):
             self.buffers[name][:, :, context.offset : end] = new
         keys, values = (self.buffers[name][:, :, :end] for name in ("keys", "values"))
         return keys, values, context.starts
-
-    def grow(self, columns: int) -> None:
-        """Make room for `columns` columns, keeping what is stored."""
-        for name, old in self.buffers.items():
-            new = old.new_empty(*old.shape[:2], columns, old.shape[3])
-            new[:, :, : old.shape[2]] = old
-            self.buffers[name] = new
 
 
 class WindowKV(KVState):
@@ -105,6 +139,7 @@ class WindowKV(KVState):
         it lies, since a softmax does not care for order: then every slot is visible.
         """
         T, size = keys.shape[2], self.columns
+        self._require_room(context.offset + T)
         if T == 1:
             return self._append_one(keys, values, context)
         first, end = max(context.offset - size, 0), context.offset + T

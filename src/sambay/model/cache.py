@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sambay.errors import ConfigError
 from sambay.layers.context import BatchContext
-from sambay.layers.state import FullKV, LayerState, MambaState, WindowKV
+from sambay.layers.state import FullKV, KVState, LayerState, MambaState, WindowKV
 from sambay.spec import LayerKind, LayerSpec, ModelConfig
 
 
@@ -53,8 +53,8 @@ class ModelCache:
             if not layer.kind.keeps_state:
                 return None
             kind = FullKV if layer.kind is LayerKind.FULL else WindowKV
-            columns = min(layer.window or capacity, capacity)
-            return kind(batch_size, config.num_kv_heads, columns, config.head_dim, dtype, device)
+            size = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+            return kind(*size, dtype, device, layer.window)
 
         return cls([state(layer) for layer in config.layers], starts)
 
@@ -77,7 +77,7 @@ class ModelCache:
             self.max_start = int(self.starts.max()) if len(index) else 0
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` columns in the layers that grow."""
+        """Make room for `capacity` columns in the layers that keep keys and values."""
         for layer in self.layers:
-            if isinstance(layer, FullKV) and layer.columns < capacity:
-                layer.grow(capacity)
+            if isinstance(layer, KVState):
+                layer.reserve(capacity)
