@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -92,30 +92,18 @@ def _read_generation(
     )
 
 
-def compare_training(
-    models: Mapping[str, LanguageModel],
-    *,
-    batch_size: int,
-    sequence_length: int,
-    repeats: int = 3,
+def fastest_seconds(
+    steps: Mapping[str, Callable[[], object]], *, repeats: int = 3
 ) -> dict[str, float]:
-    """Tokens per second of forward, backward and AdamW step, for every model (which it changes)."""
-    optimizers = {
-        name: torch.optim.AdamW(model.parameters(), lr=1e-5) for name, model in models.items()
-    }
-    best = dict.fromkeys(models, float("inf"))
+    """Seconds of the fastest of `repeats` calls of each step, after one call to warm up."""
+    best = dict.fromkeys(steps, float("inf"))
     for repeat in range(repeats + 1):
-        for name, model in models.items():
-            ids_BT = _random_ids(model, batch_size, sequence_length + 1)
-            started = _now(model.head_weight)
-            logits_BTV = model(ids_BT[:, :-1])
-            torch.nn.functional.cross_entropy(logits_BTV.mT, ids_BT[:, 1:]).backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            seconds = _now(model.head_weight) - started
-            if repeat > 0:  # the first step warms up
-                best[name] = min(best[name], seconds)
-    return {name: batch_size * sequence_length / seconds for name, seconds in best.items()}
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if repeat > 0:
+                best[name] = min(best[name], time.perf_counter() - started)
+    return best
 
 
 def _fastest(readings: Sequence[GenerationSpeed]) -> GenerationSpeed:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import lzma
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from sambay.data.shards import TokenDataset
 from sambay.demo.compressors import bits_per_byte
-from sambay.demo.plan import PLAN_FILE, make_plan, read_plan
+from sambay.demo.plan import PLAN_FILE, Plan, has_other_length, make_plan, read_plan
 from sambay.demo.report import (
     DemoResult,
     ModelResult,
@@ -18,6 +21,7 @@ from sambay.demo.report import (
     speed_rows,
     write_report,
 )
+from sambay.files import write_json
 from sambay.recipes.demo import demo_sambay
 from sambay.spec import presets
 from sambay.speed import GenerationSpeed
@@ -98,15 +102,33 @@ def test_primed_xz_counts_only_what_is_new() -> None:
 def test_plan_is_kept_and_used_only_for_the_same_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = {"a": 1000.0, "b": 500.0}
-    monkeypatch.setattr("sambay.demo.plan.compare_training", lambda models, **sizes: rates)
-    monkeypatch.setattr("sambay.demo.plan.LanguageModel", lambda config: config)
+    seconds = {"a": 1.0, "b": 2.0}
+    monkeypatch.setattr("sambay.demo.plan._seconds_per_step", lambda recipes, training: seconds)
     recipes = {"a": demo_sambay(), "b": demo_sambay()}
-    plan = make_plan(tmp_path, 10.0, recipes, training_tokens=10_000_000)
-    assert plan.total_tokens % recipes["a"].tokens_per_step == 0
-    assert 500 * 600 * 0.8 < plan.total_tokens < 500 * 600  # the slower model sets the pace
+    tokens_per_step = recipes["a"].tokens_per_step
+
+    def plan_for(minutes: float, num_tokens: int) -> Plan:
+        training = cast(TokenDataset, SimpleNamespace(num_tokens=num_tokens))
+        validation = cast(TokenDataset, SimpleNamespace(num_tokens=3 * tokens_per_step))
+        return make_plan(tmp_path, minutes, recipes, training, validation)
+
+    plan = plan_for(10.0, 10_000_000)
+    steps, rest = divmod(plan.total_tokens, tokens_per_step)
+    assert rest == 0
+    # 9 of 10 minutes, 2 seconds per step of the slower model, 6 evaluations of 2 seconds each
+    assert steps == (540 - 6 * 2) // 2
     assert read_plan(tmp_path, 10.0) == plan
     assert read_plan(tmp_path, 5.0) is None
     (tmp_path / PLAN_FILE).unlink()
     assert read_plan(tmp_path, 10.0) is None
-    assert make_plan(tmp_path, 10.0, recipes, training_tokens=20_000).total_tokens < 70_000
+    assert plan_for(10.0, 10 * tokens_per_step).total_tokens == 30 * tokens_per_step
+    assert plan_for(0.001, 10_000_000).eval_every_steps == 1
+
+
+def test_run_of_another_length_is_not_continued(tmp_path: Path) -> None:
+    config = demo_sambay()
+    same = Plan(1.0, config.schedule.total_tokens, 10)
+    assert not has_other_length(tmp_path, same)
+    write_json(tmp_path / "config.json", config.to_dict())
+    assert not has_other_length(tmp_path, same)
+    assert has_other_length(tmp_path, Plan(1.0, same.total_tokens + 1, 10))

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sambay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sambay.train.config import RunConfig
 
 DEFAULT_RECIPES = ["demo_sambay", "demo_transformer"]
 
@@ -67,7 +70,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from sambay.cli.doctor import build_report
     from sambay.model import LanguageModel
     from sambay.recipes.catalogue import find_recipe
-    from sambay.speed import compare_generation, compare_training
+    from sambay.speed import compare_generation
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device; use cpu")
@@ -78,12 +81,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     recipes = dict(find_recipe(text) for text in args.recipes or DEFAULT_RECIPES)
     models = {name: LanguageModel(recipe.model).to(args.device) for name, recipe in recipes.items()}
     width = max(map(len, models))
-    first = next(iter(recipes.values()))
-    batch_size, length = first.batch.micro_batch_size, first.data.sequence_length
-    print(f"training step, batch {batch_size} x {length}, float32")
-    training = compare_training(
-        models, batch_size=batch_size, sequence_length=length, repeats=args.repeats
-    )
+    print("training step as in the recipe")
+    training = _training_rates(recipes, args)
     for name, rate in training.items():
         print(f"  {name:<{width}}  {rate:>9,.0f} tokens/s", flush=True)
     print(f"generation, batch {args.batch_size}, float32")
@@ -101,10 +100,30 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         "environment": build_report(),
-        "training": {
-            "batch_size": batch_size,
-            "sequence_length": length,
-            "tokens_per_second": training,
-        },
+        "recipes": {name: recipe.to_dict() for name, recipe in recipes.items()},
+        "training_tokens_per_second": training,
         "generation": generation,
     }
+
+
+def _training_rates(recipes: dict[str, RunConfig], args: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second of optimiser steps on random tokens."""
+    import dataclasses
+    import functools
+
+    import torch
+
+    from sambay.data.batches import Batch
+    from sambay.speed import fastest_seconds
+    from sambay.train.config import Device
+    from sambay.train.trainer import Trainer
+
+    steps = {}
+    for name, recipe in recipes.items():
+        config = dataclasses.replace(recipe, device=Device(args.device))
+        shape = (config.batch.global_batch_size, config.data.sequence_length + 1)
+        ids_BT = torch.randint(config.model.vocab_size, shape)
+        batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:], None)
+        steps[name] = functools.partial(Trainer(config).learn, batch, 1e-5)
+    seconds = fastest_seconds(steps, repeats=args.repeats)
+    return {name: recipes[name].tokens_per_step / seconds[name] for name in recipes}

@@ -69,7 +69,7 @@ def _parse() -> argparse.Namespace:
         "--out", type=Path, default=Path("demo"), help="folder for everything (demo)"
     )
     parser.add_argument(
-        "--minutes", type=float, default=3.5, help="training time of each model, about (3.5)"
+        "--minutes", type=float, default=4.0, help="training time of each model, about (4)"
     )
     parser.add_argument(
         "--longest", type=int, default=16_384, help="longest context to measure (16384)"
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> None:
         plan = None if fresh else read_plan(out, arguments.minutes)
         if plan is None:
             print("measuring how many tokens fit into the minutes ...", flush=True)
-            plan = make_plan(out, arguments.minutes, recipes, training.num_tokens)
+            plan = make_plan(out, arguments.minutes, recipes, training, validation)
         print(f"{plan.total_tokens:,} tokens for each of them", flush=True)
         for title, recipe in RECIPES.items():
             run_dir = out / _folder_name(title)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import numpy as np
+
+from sambay.data.batches import read_batch
+from sambay.data.shards import TokenDataset
 from sambay.files import write_json
-from sambay.model import LanguageModel
-from sambay.speed import compare_training
+from sambay.speed import fastest_seconds
 from sambay.train.config import RunConfig, read_run_config
+from sambay.train.trainer import Trainer
 
 PLAN_FILE = "plan.json"
 _EPOCHS = 3  # on a fast machine the text ends before the minutes do
-_SHARE = 0.85  # of the minutes; the rest is evaluation, checkpoints and a machine that slows down
+_EVALUATIONS = 6
+_FORWARD_COST = 1 / 3  # of a training step, which is a forward and a backward of twice the work
+_SHARE = 0.9  # of the minutes; the rest is checkpoints and a machine that slows down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +60,34 @@ def has_other_length(run_dir: Path, plan: Plan) -> bool:
 
 
 def make_plan(
-    folder: Path, minutes: float, recipes: dict[str, RunConfig], training_tokens: int
+    folder: Path,
+    minutes: float,
+    recipes: dict[str, RunConfig],
+    training: TokenDataset,
+    validation: TokenDataset,
 ) -> Plan:
-    """A plan from measured training speed, written to `folder` for the next time."""
-    models = {name: LanguageModel(recipe.model) for name, recipe in recipes.items()}
+    """A plan from the measured speed of real training steps, written to `folder`.
+
+    Both models shall see the same batches, so the slower one decides.
+    """
     first = next(iter(recipes.values()))
-    rates = compare_training(
-        models,
-        batch_size=first.batch.micro_batch_size,
-        sequence_length=first.data.sequence_length,
-    )
-    tokens = min(60 * minutes * _SHARE * min(rates.values()), _EPOCHS * training_tokens)
-    steps = max(20, round(tokens / first.tokens_per_step))
-    plan = Plan(minutes, steps * first.tokens_per_step, max(1, steps // 8))
+    seconds = max(_seconds_per_step(recipes, training).values())
+    budget = 60 * minutes * _SHARE
+    evaluation = validation.num_tokens / first.tokens_per_step * seconds * _FORWARD_COST
+    steps = int(min(
+        (budget - _EVALUATIONS * evaluation) / seconds,
+        _EPOCHS * training.num_tokens / first.tokens_per_step,
+    ))  # fmt: skip
+    steps = max(_EVALUATIONS, steps)
+    plan = Plan(minutes, steps * first.tokens_per_step, steps // _EVALUATIONS)
     write_json(folder / PLAN_FILE, dataclasses.asdict(plan))
     return plan
+
+
+def _seconds_per_step(recipes: dict[str, RunConfig], training: TokenDataset) -> dict[str, float]:
+    steps = {}
+    for name, config in recipes.items():
+        indices = np.arange(config.batch.global_batch_size)
+        batch = read_batch(training, indices, config.data.sequence_length)
+        steps[name] = functools.partial(Trainer(config).learn, batch, 1e-5)
+    return fastest_seconds(steps)
