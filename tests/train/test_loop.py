@@ -17,6 +17,7 @@ import torch
 from sambay.data.batches import read_batch
 from sambay.data.shards import TokenDataset
 from sambay.errors import ConfigError, DataError, SambayError
+from sambay.files import WriteFailed
 from sambay.model import LanguageModel, initialise
 from sambay.model.folder import load_model_folder
 from sambay.train import loop, trainer
@@ -30,7 +31,7 @@ from sambay.train.config import (
     ScheduleConfig,
 )
 from sambay.train.loop import TrainingDiverged, train
-from sambay.train.metrics import read_metrics
+from sambay.train.metrics import MetricsLog, read_metrics
 from sambay.train.optim import build_optimizer
 from sambay.train.run_dir import claimed
 from tests.tiny import tiny_config
@@ -255,3 +256,50 @@ def test_config_and_tokenizer_are_in_the_run_directory(
         for name in ("tokenizer.json", "tokenizer_config.json"):
             content = (folder / name).read_bytes()
             assert content == (Path(config.data.directory) / name).read_bytes()
+
+
+def test_other_peoples_files_are_not_overwritten(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=1)
+    (tmp_path / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        train(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"mine": 1}'
+    folder = Path(config.data.directory)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(ConfigError, match="holds prepared data"):
+        train(config, folder)
+    after = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    assert after == before
+
+
+def test_damaged_metrics_are_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=3)
+    train(config, tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines) + '{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    path.write_text(lines[0] + "\0\0\n" + lines[2])
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(tmp_path)
+
+
+def test_full_disk_while_writing_metrics(make_config: MakeConfig, tmp_path: Path) -> None:
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("no /dev/full")
+    with MetricsLog(tmp_path, last_step=0, tensorboard=False) as metrics:
+        metrics._file.close()
+        metrics._file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+        with pytest.raises(WriteFailed, match=r"metrics\.jsonl: No space left on device"):
+            metrics.write({"step": 1})
+
+
+def test_too_little_memory_is_a_warning(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loop, "available_bytes", lambda device: 1000)
+    train(make_config(steps=1), tmp_path)
+    assert "lower batch.micro_batch_size" in capsys.readouterr().err

@@ -216,10 +216,17 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill in between leaves it whole or hidden, never half of it."""
-    hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    path.rename(hidden / path.name)
-    shutil.rmtree(hidden)
+    """Remove a folder so that a kill in between leaves it whole or hidden, never half of it.
+
+    Raises:
+        WriteFailed: the operating system refused.
+    """
+    try:
+        hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        path.rename(hidden / path.name)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        raise WriteFailed(f"cannot remove {path}: {error}; check its permissions") from error
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -27,7 +27,7 @@ from sambay.train.schedule import learning_rate
 from sambay.train.trainer import NotFinite, Trainer
 
 
-class TrainingDiverged(SambayError):  # noqa: N818
+class TrainingDiverged(SambayError):
     """The loss or a gradient is no longer a number; the last checkpoint is untouched."""
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sambay.errors import MissingPackage
+from sambay.errors import DataError, MissingPackage
 from sambay.files import WriteFailed, atomic_write
 from sambay.train.run_dir import METRICS, TENSORBOARD
 
@@ -27,7 +28,10 @@ class MetricsLog:
     def __init__(self, run_dir: Path, *, last_step: int, tensorboard: bool) -> None:
         self.path = run_dir / METRICS
         _drop_lines_after(self.path, last_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._failure(error) from error
         self._board = _tensorboard_writer(run_dir, last_step + 1) if tensorboard else None
 
     def __enter__(self) -> MetricsLog:
@@ -39,7 +43,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # every line was flushed, or its failure reported
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -49,7 +54,7 @@ class MetricsLog:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
-            raise WriteFailed(f"cannot write {self.path}: {error}; free some space") from error
+            raise self._failure(error) from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, values["step"])
@@ -59,16 +64,33 @@ class MetricsLog:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise WriteFailed(f"cannot write {self.path}: {error}; free some space") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> WriteFailed:
+        return WriteFailed(
+            f"cannot write {self.path}: {error.strerror}; correct that and run the command again"
+        )
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl in order; a half-written last line is left out."""
+    """The lines of a run's metrics.jsonl in order; a half-written last line is left out.
+
+    Raises:
+        DataError: a line that is no JSON object with a step (names it).
+    """
     path = run_dir / METRICS
     if not path.exists():
         return []
     complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines()]
+    lines = []
+    for number, text in enumerate(complete.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            _ = line["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number} is damaged; remove that line") from error
+        lines.append(line)
+    return lines
 
 
 def _drop_lines_after(path: Path, last_step: int) -> None:

@@ -82,13 +82,17 @@ def check_data(config: RunConfig) -> Manifest:
             f"prepare the data with --vocab-size {config.model.vocab_size}"
         )
     length = config.data.sequence_length
-    for split, least in ((TRAIN, length + 1), (VALIDATION, 2)):
-        tokens = manifest.total(split, "tokens")
-        if tokens < least:
-            raise DataError(
-                f"data.sequence_length = {length}: the {split} split of {folder} has {tokens} "
-                f"tokens, at least {least} are needed; prepare more text or shorten the sequence"
-            )
+    tokens = manifest.total(TRAIN, "tokens")
+    if tokens <= length:
+        raise DataError(
+            f"data.sequence_length = {length}: the training split of {folder} has {tokens} tokens, "
+            f"at least {length + 1} are needed; prepare more text or shorten the sequence"
+        )
+    if manifest.total(VALIDATION, "tokens") < 2:
+        raise DataError(
+            f"data.directory = {folder!r} has no validation tokens; prepare it again with a larger "
+            "--validation-fraction"
+        )
     return manifest
 
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from sambay.data.manifest import MANIFEST_FILE
 from sambay.errors import ConfigError
 from sambay.files import WriteFailed, atomic_write, write_json
 from sambay.model.folder import TOKENIZER_FILES
@@ -71,7 +72,15 @@ def start_afresh(run_dir: Path) -> None:
 
 
 def write_head(run_dir: Path, config: RunConfig, data_folder: Path) -> None:
-    """Write config.json and a copy of the tokenizer, so that the directory explains itself."""
+    """Write config.json and a copy of the tokenizer, so that the directory explains itself.
+
+    Raises:
+        ConfigError: the directory is a prepared set, or has a config.json of something else.
+    """
+    if (run_dir / MANIFEST_FILE).exists():
+        raise ConfigError(f"{run_dir} holds prepared data; choose another --run-dir")
+    if (run_dir / CONFIG).exists():
+        read_run_config(run_dir / CONFIG)
     write_json(run_dir / CONFIG, config.to_dict())
     for name in TOKENIZER_FILES:
         source = data_folder / name

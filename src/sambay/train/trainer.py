@@ -22,7 +22,7 @@ from sambay.train.optim import (
 )
 
 
-class NotFinite(SambayError):  # noqa: N818
+class NotFinite(SambayError):
     """The loss or a gradient is no longer a number; the weights were not touched."""
 
 
