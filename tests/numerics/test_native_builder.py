@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from sambay.ops.causal_conv import causal_conv, causal_conv_step
+from sambay.ops.causal_conv import native as causal_conv_native
 from sambay.ops.native import builder, library
+from sambay.ops.selective_scan import native as selective_scan_native
+from sambay.ops.selective_scan import selective_scan, selective_scan_step
+from tests.numerics.twins import assert_alike
 
 needs_compiler = pytest.mark.skipif(
     library.why_unavailable() is not None, reason=str(library.why_unavailable())
@@ -194,6 +201,39 @@ def test_torchs_own_openmp_is_used_and_no_second_one():
 def test_the_sources_are_found_beside_the_builder():
     assert {path.name for path in builder._sources()} == {
         "causal_conv.cpp",
-        "selective_scan.cpp",
+        "selective_scan_backward.cpp",
+        "selective_scan_forward.cpp",
         "step.cpp",
     }
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors_without_openmp_give_the_same(processor, tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def scan_and_convolve() -> list[torch.Tensor]:
+        x, delta, B, C = (torch.randn(3, 70, 37, generator=generator) for _ in range(4))
+        A, D = -torch.rand(37, 37, generator=generator), torch.randn(37, generator=generator)
+        leaves = [tensor.requires_grad_() for tensor in (x, delta, A, B, C, D)]
+        y, state = selective_scan(*leaves, delta_bias_E=D, backend="native")
+        mixed = causal_conv(y, A[:, :4], D, backend="native")
+        z = selective_scan_step(
+            x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, delta_bias_E=D, state_BEN=state.detach()
+        )
+        w = causal_conv_step(z, A[:, :4], D, state_BCE=x[:, :3].detach().clone())
+        return [z, w, y, *torch.autograd.grad(mixed.sum() + state.sum(), leaves)]
+
+    expected = scan_and_convolve()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(builder, "CPU_FLAGS", [[f"-march={processor}"]])
+    monkeypatch.setattr(library, "_find_openmp", lambda: None)
+    narrow = library._prepare(builder.load())
+    for module in (library, causal_conv_native, selective_scan_native):
+        monkeypatch.setattr(module, "kernels", lambda: narrow)
+    generator.manual_seed(0)
+    actual = scan_and_convolve()
+    assert any(not torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert_alike(actual, expected, 1e-5)

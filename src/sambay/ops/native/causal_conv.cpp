@@ -222,7 +222,8 @@ EXPORT void sambay_conv_forward(CONV_PARAMETERS, int64_t threads, void* y) {
 }
 
 EXPORT void sambay_conv_backward(CONV_PARAMETERS, int64_t threads, const void* dy, int64_t dy_row,
-                                 int64_t dy_step, void* dx, float* weight_and_bias, float* dinitial, float* workspace) {
+                                 int64_t dy_step, void* dx, float* weight_and_bias, float* dinitial,
+                                 float* workspace) {
   with_conv(CONV_ARGUMENTS, [&](const auto& conv, auto kind) {
     using T = decltype(kind);
     const Gradients<T> d{static_cast<const T*>(dy), dy_row, dy_step, static_cast<T*>(dx), workspace,

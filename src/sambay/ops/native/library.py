@@ -16,7 +16,7 @@ from torch import Tensor
 from sambay.ops.native import builder
 
 # p: a pointer, as an integer address or None; i: an integer.
-_SCAN = "pii pii p pii pii pppp iiiii ii"  # the order of SCAN_PARAMETERS in selective_scan.cpp
+_SCAN = "pii pii p pii pii pppp iiiii ii"  # the order of SCAN_PARAMETERS in selective_scan.h
 _CONV = "pii pppp iiii ii"  # the order of CONV_PARAMETERS in causal_conv.cpp
 _SIGNATURES = {
     "sambay_scan_workspace": ("iiii", ctypes.c_int64),

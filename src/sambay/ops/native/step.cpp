@@ -75,10 +75,10 @@ void conv_step(const T* x, int64_t x_row, const float* weight, const float* bias
 
 }  // namespace
 
-EXPORT void sambay_scan_step(const void* x, int64_t x_row, const void* delta, int64_t delta_row, const float* A,
-                      const void* B, int64_t B_row, const void* C, int64_t C_row, const float* D,
-                      const float* bias, float* state, void* y, int64_t batch, int64_t channels,
-                      int64_t states, int64_t is_bfloat16, int64_t threads) {
+EXPORT void sambay_scan_step(const void* x, int64_t x_row, const void* delta, int64_t delta_row,
+                             const float* A, const void* B, int64_t B_row, const void* C, int64_t C_row,
+                             const float* D, const float* bias, float* state, void* y, int64_t batch,
+                             int64_t channels, int64_t states, int64_t is_bfloat16, int64_t threads) {
   auto run = [&](auto kind) {
     using T = decltype(kind);
     scan_step(static_cast<const T*>(x), x_row, static_cast<const T*>(delta), delta_row, A,
@@ -88,9 +88,9 @@ EXPORT void sambay_scan_step(const void* x, int64_t x_row, const void* delta, in
   is_bfloat16 ? run(bfloat16{}) : run(float{});
 }
 
-EXPORT void sambay_conv_step(const void* x, int64_t x_row, const float* weight, const float* bias, void* state,
-                      void* y, int64_t batch, int64_t channels, int64_t width, int64_t is_bfloat16,
-                      int64_t state_is_bfloat16, int64_t threads) {
+EXPORT void sambay_conv_step(const void* x, int64_t x_row, const float* weight, const float* bias,
+                             void* state, void* y, int64_t batch, int64_t channels, int64_t width,
+                             int64_t is_bfloat16, int64_t state_is_bfloat16, int64_t threads) {
   auto run = [&](auto kind, auto state_kind) {
     using T = decltype(kind);
     using S = decltype(state_kind);

@@ -25,29 +25,42 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-static inline vfloat load(const float* from, int lanes = LANES) {
-  vfloat value = {};
-  if (lanes == LANES)
-    memcpy(&value, from, sizeof value);
-  else
-    memcpy(&value, from, 4 * lanes);
+// Reads and writes of fewer than LANES elements; the rest of a vector read is zero. They are kept out
+// of line, because a copy of unknown size would force the vector into memory on the common path too.
+template <typename Vector, typename Element>
+__attribute__((noinline)) static Vector load_some(const Element* from, int lanes) {
+  Vector value = {};
+  memcpy(&value, from, sizeof(Element) * lanes);
   return value;
 }
 
-static inline void store(float* to, vfloat value, int lanes = LANES) {
-  if (lanes == LANES)
-    memcpy(to, &value, sizeof value);
-  else
-    memcpy(to, &value, 4 * lanes);
+template <typename Vector, typename Element>
+__attribute__((noinline)) static void store_some(Element* to, Vector value, int lanes) {
+  memcpy(to, &value, sizeof(Element) * lanes);
 }
 
+template <typename Vector, typename Element>
+static inline Vector load_vector(const Element* from, int lanes) {
+  if (lanes != LANES) return load_some<Vector>(from, lanes);
+  Vector value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename Vector, typename Element>
+static inline void store_vector(Element* to, Vector value, int lanes) {
+  if (lanes != LANES) return store_some(to, value, lanes);
+  memcpy(to, &value, sizeof value);
+}
+
+static inline vfloat load(const float* from, int lanes = LANES) {
+  return load_vector<vfloat>(from, lanes);
+}
+
+static inline void store(float* to, vfloat value, int lanes = LANES) { store_vector(to, value, lanes); }
+
 static inline vfloat load(const bfloat16* from, int lanes = LANES) {
-  vhalf half = {};
-  if (lanes == LANES)
-    memcpy(&half, from, sizeof half);
-  else
-    memcpy(&half, from, 2 * lanes);
-  return (vfloat)(__builtin_convertvector(half, vbits) << 16);
+  return (vfloat)(__builtin_convertvector(load_vector<vhalf>(from, lanes), vbits) << 16);
 }
 
 // Rounds to nearest even; a NaN stays a NaN.
@@ -55,11 +68,7 @@ static inline void store(bfloat16* to, vfloat value, int lanes = LANES) {
   vbits bits = (vbits)value;
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   bits = value != value ? vbits{} + 0x7fc0u : bits;
-  vhalf half = __builtin_convertvector(bits, vhalf);
-  if (lanes == LANES)
-    memcpy(to, &half, sizeof half);
-  else
-    memcpy(to, &half, 2 * lanes);
+  store_vector(to, __builtin_convertvector(bits, vhalf), lanes);
 }
 
 // to[i] = sum of the lanes of from[i]. Two passes, because the second, over groups of four, is a loop
@@ -67,15 +76,16 @@ static inline void store(bfloat16* to, vfloat value, int lanes = LANES) {
 // slower. `from` is overwritten.
 static inline void sum_lanes(vfloat* from, float* to, int64_t count) {
   typedef float quad __attribute__((vector_size(16)));
-  quad* sums = reinterpret_cast<quad*>(from);
+  float* flat = reinterpret_cast<float*>(from);
   for (int64_t i = 0; i < count; ++i) {
-    quad parts[LANES / 4];
-    memcpy(parts, from + i, sizeof parts);
-    for (int width = LANES / 8; width > 0; width /= 2)
-      for (int part = 0; part < width; ++part) parts[part] += parts[part + width];
-    memcpy(sums + i, parts, sizeof(quad));
+    quad sum, next;
+    memcpy(&sum, flat + LANES * i, sizeof sum);
+    for (int part = 1; part < LANES / 4; ++part) {
+      memcpy(&next, flat + LANES * i + 4 * part, sizeof next);
+      sum += next;
+    }
+    memcpy(flat + 4 * i, &sum, sizeof sum);
   }
-  const float* flat = reinterpret_cast<const float*>(from);
   for (int64_t i = 0; i < count; ++i)
     to[i] = (flat[4 * i] + flat[4 * i + 1]) + (flat[4 * i + 2] + flat[4 * i + 3]);
 }

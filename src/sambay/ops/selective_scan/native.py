@@ -1,4 +1,4 @@
-"""The selective scan in C++ (ops/native/selective_scan.cpp), on the CPU."""
+"""The selective scan in C++ (ops/native/selective_scan_*.cpp), on the CPU."""
 
 from __future__ import annotations
 

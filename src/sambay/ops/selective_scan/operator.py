@@ -50,6 +50,7 @@ def define(name: str, forward: Forward, backward: Backward, chunk: int) -> Scan:
     backward_op = getattr(torch.ops.sambay, f"{name}_backward").default
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # zeros for `saved` would cost as much as a pass over x
         ctx.save_for_backward(*inputs[:9], output[2])
 
     def differentiate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | None) -> Any:
