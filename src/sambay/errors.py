@@ -1,4 +1,4 @@
-"""Errors a user can cause and cure; each message is one line naming the field or file and the remedy."""
+"""Errors a user can cause and cure: one line naming the field or file, and the remedy."""
 
 from __future__ import annotations
 

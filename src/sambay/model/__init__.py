@@ -1,7 +1,7 @@
 """The model, its cache and its initialisation."""
 
 from sambay.model.cache import ModelCache
-from sambay.model.init import InitScheme, initialise
+from sambay.model.init import initialise
 from sambay.model.model import LanguageModel
 
-__all__ = ["InitScheme", "LanguageModel", "ModelCache", "initialise"]
+__all__ = ["LanguageModel", "ModelCache", "initialise"]

@@ -21,7 +21,6 @@ matrices of tied models as well, and that is what the published losses were trai
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import math
 from collections.abc import Callable
@@ -30,12 +29,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
-from sambay.errors import ConfigError, nearest
 from sambay.layers.attention import CrossAttention, DifferentialMaps
 from sambay.layers.gated_memory import GatedMemoryUnit
 from sambay.layers.mamba import Mamba
 from sambay.layers.mlp import SwiGLU
 from sambay.layers.norm import LayerNorm, RMSNorm
+from sambay.spec import InitScheme
 
 if TYPE_CHECKING:
     from sambay.model.model import LanguageModel
@@ -43,14 +42,6 @@ if TYPE_CHECKING:
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 Fill = Callable[[Tensor, Generator], object]
-
-
-class InitScheme(enum.StrEnum):
-    """A column of the table above."""
-
-    STANDARD = "standard"
-    MUP_PUBLISHED = "mup_published"
-    MUP_RELEASED = "mup_released"
 
 
 @torch.no_grad()
@@ -65,9 +56,6 @@ def initialise(
     Raises:
         ConfigError: an unknown scheme.
     """
-    if scheme not in list(InitScheme):
-        hint = nearest(str(scheme), [member.value for member in InitScheme])
-        raise ConfigError(f"init scheme '{scheme}' does not exist{hint}")
     fills = _fills(model, InitScheme(scheme))
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(_seed_of(seed, name))

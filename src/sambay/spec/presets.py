@@ -6,35 +6,12 @@ Sources: arXiv 2507.06607, section 3.1, appendix C, table 7; layer order of the 
 from __future__ import annotations
 
 import dataclasses
-import enum
-import math
 from collections.abc import Callable
 from typing import Any
 
 from sambay.errors import ConfigError, nearest
 from sambay.spec.model_config import ModelConfig
-
-BASE_DEPTH = 16  # the depth at which muP++ multipliers equal those of the tuned base model
-BASE_HEAD_DIM = 128
-
-
-class Parametrization(enum.StrEnum):
-    """Where the stored multipliers come from (arXiv 2507.06607, table 6)."""
-
-    STANDARD = "standard"
-    MUP = "mup"
-    MUP_PLUS_PLUS = "mup++"
-
-    def multipliers(self, depth: int, head_dim: int) -> dict[str, float]:
-        """The residual, logit and attention multipliers at a depth and head size."""
-        if self is Parametrization.STANDARD:
-            return {"attention_scale": 1 / math.sqrt(head_dim)}
-        residual = 1 / math.sqrt(2 * depth) if self is Parametrization.MUP_PLUS_PLUS else 1.0
-        return {
-            "residual_multiplier": residual,
-            "logit_multiplier": BASE_DEPTH / depth,
-            "attention_scale": math.sqrt(BASE_HEAD_DIM) / head_dim,
-        }
+from sambay.spec.parametrization import BASE_HEAD_DIM, Parametrization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +108,7 @@ def build(
     preset = PRESETS[name]
     hidden_size = fields.get("hidden_size", preset.aspect_ratio * depth)
     head_dim = fields.get("head_dim", BASE_HEAD_DIM)
-    scheme = _parametrization(parametrization)
+    scheme = Parametrization(parametrization)
     shape: dict[str, Any] = {
         "layer_pattern": preset.pattern(depth),
         "vocab_size": 32_000,
@@ -162,11 +139,3 @@ def phi4_mini_flash(**fields: Any) -> ModelConfig:
         attention_bias=True,
     )
     return shape.replace(**fields)
-
-
-def _parametrization(value: Parametrization | str) -> Parametrization:
-    try:
-        return Parametrization(value)
-    except ValueError:
-        hint = nearest(str(value), [member.value for member in Parametrization])
-        raise ConfigError(f"parametrization '{value}' does not exist{hint}") from None

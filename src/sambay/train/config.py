@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from sambay.errors import ConfigError, nearest
-from sambay.spec.model_config import ModelConfig
+from sambay.spec import InitScheme, ModelConfig
 
 FORMAT_VERSION = 1
 _Section = TypeVar("_Section")
@@ -42,14 +42,6 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
-
-
-class InitScheme(StrEnum):
-    """Names of the initialisation rules of `sambay.model.init`."""
-
-    STANDARD = "standard"
-    MUP_PUBLISHED = "mup_published"
-    MUP_RELEASED = "mup_released"
 
 
 def _check(correct: bool, name: str, value: object, must: str) -> None:
