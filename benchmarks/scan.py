@@ -2,9 +2,13 @@
 
     python -m benchmarks.scan --out build/benchmarks/scan.json
 
-Forward times come as multiples of the reference's loop; forward and backward as multiples of the
-forward and backward of the mixer's four projections, since a scan that costs less than the matrix
-products around it no longer matters. Every ratio is the median over rounds of the ratio within one.
+Times come as multiples: of the native forward, and of the forward and backward of the mixer's four
+projections, since a scan that costs less than the matrix products around it no longer matters.
+Every ratio is the median over rounds of the ratio within one.
+
+Beware of the loop: each of its thousands of small operations may wake torch's second thread and
+wait for it, so on a busy machine it takes 50 times as long as on an idle one. It is therefore
+measured with one thread as well, where it does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ Steps = dict[str, Callable[[], object]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks/scan.json"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
@@ -37,37 +43,45 @@ def main() -> None:
     torch.manual_seed(0)
 
     mixer = Mixer(args.batch, args.length, args.hidden)
-    loop = interleaved({"reference": mixer.forward("reference")}, rounds=2, warmup=0)["reference"]
+    loops = ("native", "reference")
     results = {
-        "forward": compare(mixer.forwards(), args.rounds, "native")
-        | {"reference": {"seconds": min(loop), "ratio": 0.0}},
-        "forward_backward": compare(mixer.trainings(), args.rounds, "projections"),
-        "step": compare(mixer.steps(), 10 * args.rounds, "scan native"),
+        "forward, as a multiple of native": compare(mixer.forwards(), args.rounds, "native"),
+        "forward and backward, as a multiple of the four projections'": compare(
+            mixer.trainings(), args.rounds, "projections"
+        ),
+        "one token of eight rows, as a multiple of native": compare(
+            mixer.steps(), 10 * args.rounds, "scan native"
+        ),
+        "the loop's forward": compare({name: mixer.forward(name) for name in loops}, 3, "native"),
+        "the loop's forward and backward": compare(
+            {name: mixer.training(name) for name in loops}, 1, "native"
+        ),
     }
-    native = results["forward"]["native"]["seconds"]
-    results["forward"]["reference"]["ratio"] = min(loop) / native
+    torch.set_num_threads(1)
+    results |= {
+        "the loop's forward, one thread": compare(
+            {name: mixer.forward(name) for name in loops}, 5, "native"
+        ),
+        "the loop's forward and backward, one thread": compare(
+            {name: mixer.training(name) for name in loops}, 1, "native"
+        ),
+    }
+    torch.set_num_threads(args.threads)
     print(f"scan: B={args.batch} T={args.length} E={2 * args.hidden} N=16, {args.threads} threads")
-    for name, title in (
-        ("forward", "forward, as a multiple of native"),
-        ("forward_backward", "forward and backward, as a multiple of the four projections'"),
-        ("step", "one token, batch 8, as a multiple of native"),
-    ):
+    for title, rows in results.items():
         print(f"\n{title}")
-        rows = [
-            (key, f"{1e3 * row['seconds']:.3f} ms", f"{row['ratio']:.3f}")
-            for key, row in results[name].items()
+        cells = [
+            (name, f"{1e3 * row['seconds']:.3f} ms", f"{row['ratio']:.3f}")
+            for name, row in rows.items()
         ]
-        print_table(("", "median", "ratio"), rows)
-    write_result(
-        args.out,
-        {"environment": environment(), "settings": vars(args) | {"out": str(args.out)}}
-        | {"results": results},
-    )
+        print_table(("", "median", "ratio"), cells)
+    settings = vars(args) | {"out": str(args.out)}
+    write_result(args.out, {"environment": environment(), "settings": settings, "results": results})
 
 
 def compare(functions: Steps, rounds: int, base: str) -> dict[str, dict[str, float]]:
     """Median seconds of each function, and its median multiple of `base` within a round."""
-    seconds = interleaved(functions, rounds=rounds, warmup=2)
+    seconds = interleaved(functions, rounds=rounds, warmup=2 if rounds > 3 else 0)
     return {
         name: {
             "seconds": statistics.median(times),
@@ -132,26 +146,26 @@ class Mixer:
 
     def trainings(self) -> Steps:
         """Forward and backward passes."""
-        parameters = [self.x, self.delta, self.A, self.B, self.C, self.D, self.bias]
         conv_parameters = [self.x, self.weight, self.bias]
 
         def projections() -> None:
             for (projection, x), gradient in zip(self._pairs(), self.output_gradients, strict=True):
                 torch.autograd.grad(projection(x), [projection.weight, x], gradient)
 
-        def scan(backend: str) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(self.scan(backend), parameters, self.dy)
-
         def conv(backend: str) -> Callable[[], object]:
             return lambda: torch.autograd.grad(self.conv(backend), conv_parameters, self.dy)
 
         return {
             "projections": projections,
-            "scan native": scan("native"),
-            "scan torch": scan("torch"),
+            "scan native": self.training("native"),
+            "scan torch": self.training("torch"),
             "conv native": conv("native"),
             "conv torch": conv("torch"),
         }
+
+    def training(self, backend: str) -> Callable[[], object]:
+        parameters = [self.x, self.delta, self.A, self.B, self.C, self.D, self.bias]
+        return lambda: torch.autograd.grad(self.scan(backend), parameters, self.dy)
 
     def steps(self) -> Steps:
         """One token of eight rows."""

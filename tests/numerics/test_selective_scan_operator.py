@@ -47,6 +47,15 @@ def test_the_operator_keeps_torchs_rules(complete, backend):
     torch.library.opcheck(operator, (*leaves, True))
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_autocast_does_not_lower_its_precision(backend):
+    inputs = make_inputs(2, 40, 17, 3)
+    expected = outputs_and_gradients(scan_with(backend), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = outputs_and_gradients(scan_with(backend), inputs)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 class SaveFlags(TorchDispatchMode):
     """Records what the scan was asked to keep for a backward."""
 

@@ -6,6 +6,7 @@ shapes known without running it. Both the chunked and the native implementation 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def define(name: str, forward: Forward, backward: Backward, chunk: int) -> Scan:
         f"({', '.join(['Tensor'] * 8)})"
     )
     for op, implementation in ((name, forward), (f"{name}_backward", backward)):
-        _library.impl(op, implementation, "CompositeExplicitAutograd")
+        _library.impl(op, _without_autocast(implementation), "CompositeExplicitAutograd")
 
     @torch.library.register_fake(f"sambay::{name}", lib=_library)
     def _(x, delta, A, B, C, D, delta_bias, initial_state, resets, save):  # pyright: ignore
@@ -80,6 +81,19 @@ def define(name: str, forward: Forward, backward: Backward, chunk: int) -> Scan:
         return y, final_state
 
     return scan
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose matrix products stay in the precision it chose."""
+
+    @functools.wraps(implementation)
+    def run(first: Tensor, *others: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return implementation(first, *others)
+        with torch.autocast(first.device.type, enabled=False):
+            return implementation(first, *others)
+
+    return run
 
 
 def outputs_for(x: Tensor, A: Tensor, chunk: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,7 +35,7 @@ def selective_scan_step(
     dt_BE = softplus(delta_BE.to(compute) + delta_bias_E)
     state_BEN.mul_((dt_BE[:, :, None] * A_EN).exp_())
     state_BEN.addcmul_((dt_BE * x)[:, :, None], B[:, None, :])
-    y_BE = torch.matmul(state_BEN, C[:, :, None])[:, :, 0].addcmul_(x, D_E)
+    y_BE = (state_BEN * C[:, None, :]).sum(-1).addcmul_(x, D_E)
     return y_BE.to(x_BE.dtype)
 
 
