@@ -137,13 +137,13 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"about {_size(memory.total)}: weights {_size(memory.weights)}, gradients "
-            f"{_size(memory.gradients)}, optimiser {_size(memory.optimizer)}, activations about "
-            f"{_size(memory.activations)}",
+            f"about {size_text(memory.total)}: weights {size_text(memory.weights)}, gradients "
+            f"{size_text(memory.gradients)}, optimiser {size_text(memory.optimizer)}, "
+            f"activations about {size_text(memory.activations)}",
         ),
         (
             "disk",
-            f"{_size(checkpoint_bytes(config))} per checkpoint, every "
+            f"{size_text(checkpoint_bytes(config))} per checkpoint, every "
             f"{config.checkpoint.every_steps} steps, the last {config.checkpoint.keep} kept",
         ),
     ]
@@ -181,5 +181,6 @@ def _block_bytes(model: ModelConfig, layer: LayerSpec, value_bytes: int) -> int:
     return values * value_bytes + (4 * model.hidden_size + states) * 4
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes for people: 74 MB, 1.50 GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

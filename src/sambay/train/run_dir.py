@@ -17,6 +17,7 @@ from sambay.errors import ConfigError
 from sambay.files import WriteFailed, atomic_write, write_json
 from sambay.model.folder import TOKENIZER_FILES
 from sambay.train.config import RunConfig, read_run_config
+from sambay.train.plan import size_text
 
 CONFIG, METRICS, CHECKPOINTS, MODEL = "config.json", "metrics.jsonl", "checkpoints", "model"
 TENSORBOARD, LOCK = "tensorboard", ".lock"
@@ -101,7 +102,7 @@ def require_disk_space(run_dir: Path, checkpoint_bytes: int, keep: int) -> None:
     free = shutil.disk_usage(run_dir).free
     if free + used < needed:
         raise ConfigError(
-            f"checkpoint.keep = {keep}: the run needs {needed / 1e9:.1f} GB for checkpoints in "
-            f"{run_dir}, {free / 1e9:.1f} GB are free; free some space, keep fewer or choose "
+            f"checkpoint.keep = {keep}: the run needs {size_text(needed)} for checkpoints in "
+            f"{run_dir}, {size_text(free)} are free; free some space, keep fewer or choose "
             "another --run-dir"
         )
