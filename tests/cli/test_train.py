@@ -96,10 +96,8 @@ def test_trains_and_says_so_then_finds_it_finished(
     assert capsys.readouterr().err.startswith("error: seed = 4, but ")
     again = ["train", str(run_dir), "--run-dir", str(tmp_path / "again")]
     assert main(again) == 0
-    losses = [
-        [line["loss"] for line in read_metrics(path)] for path in (run_dir, tmp_path / "again")
-    ]
-    assert losses[0] == losses[1]
+    first, second = read_metrics(run_dir), read_metrics(tmp_path / "again")
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
 def test_default_run_directory_is_named_after_the_recipe(
@@ -132,6 +130,16 @@ def test_signals_save_and_tell_how_to_continue(
     stopped = int(output.partition("stopped at step ")[2].partition(";")[0])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
     assert read_metrics(tmp_path)[-1]["step"] == stopped
+
+
+def test_fields_without_effect_are_pointed_out(
+    recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = ["schedule.decay_fraction=0.5", "schedule.minimum_factor=0.1"]
+    for kind, expected in (("wsd", 0), ("linear", 1), ("constant", 2)):
+        assert main(["train", recipe, *fields, f"schedule.kind={kind}", "--dry-run"]) == 0
+        errors = capsys.readouterr().err
+        assert errors.count("warning: schedule.") == errors.count("\n") == expected
 
 
 @pytest.mark.parametrize(

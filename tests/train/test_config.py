@@ -85,6 +85,7 @@ def _with(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("data", 3, "data"),
         ("evaluation.max_tokens", 0, "evaluation.max_tokens"),
         ("checkpoint.keep", 0, "checkpoint.keep"),
+        ("checkpoint.keep_every_steps", 300, "a multiple of checkpoint.every_steps (200)"),
         ("logging.tensorboard", "yes", "logging.tensorboard"),
         ("seed", -1, "seed"),
         ("threads", 0, "threads"),

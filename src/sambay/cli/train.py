@@ -10,6 +10,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -49,11 +50,13 @@ def run(args: argparse.Namespace) -> int:
     """The exit code: 0 when finished, 128 + signal number when stopped by one."""
     from sambay.cli.overrides import apply_overrides
     from sambay.recipes.catalogue import find_recipe
-    from sambay.train.plan import check_data, describe, describe_data
+    from sambay.train.plan import check_data, describe, describe_data, without_effect
 
     name, config = find_recipe(args.recipe)
     config = apply_overrides(config, args.overrides)
     run_dir: Path = args.run_dir or Path("runs") / name
+    for line in without_effect(config):
+        print(f"warning: {line}", file=sys.stderr)
     facts = [("run", f"{name} in {run_dir}"), *describe(config)]
     if args.dry_run:
         _print_table(facts)

@@ -17,6 +17,7 @@ from sambay.errors import ConfigError, nearest
 from sambay.spec import InitScheme, ModelConfig
 
 FORMAT_VERSION = 1
+DEFAULT_DECAY_FRACTION = 2 / 7
 _Section = TypeVar("_Section")
 
 
@@ -115,7 +116,7 @@ class ScheduleConfig:
     warmup_tokens: int = 0
     kind: ScheduleKind = ScheduleKind.LINEAR
     minimum_factor: float = 0.0
-    decay_fraction: float = 2 / 7  # of what follows the warm-up; used by wsd only
+    decay_fraction: float = DEFAULT_DECAY_FRACTION  # of what follows the warm-up; for wsd
 
     def __post_init__(self) -> None:
         _check_int("schedule.total_tokens", self.total_tokens, 1)
@@ -167,7 +168,11 @@ class CheckpointConfig:
         _check_int("checkpoint.every_steps", self.every_steps, 1)
         _check_int("checkpoint.keep", self.keep, 1)
         if self.keep_every_steps is not None:
-            _check_int("checkpoint.keep_every_steps", self.keep_every_steps, 1)
+            name = "checkpoint.keep_every_steps"
+            _check_int(name, self.keep_every_steps, 1)
+            must = f"a multiple of checkpoint.every_steps ({self.every_steps})"
+            divides = self.keep_every_steps % self.every_steps == 0
+            _check(divides, name, self.keep_every_steps, must)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sambay.errors import ConfigError, DataError
 from sambay.spec.footprint import parameter_count
 from sambay.spec.layers import LayerKind, LayerSpec
 from sambay.spec.model_config import ModelConfig
-from sambay.train.config import Precision, RunConfig
+from sambay.train.config import DEFAULT_DECAY_FRACTION, Precision, RunConfig, ScheduleKind
 
 _STATE_EVERY = 32  # tokens between the scan states kept for its backward
 
@@ -94,6 +94,17 @@ def check_data(config: RunConfig) -> Manifest:
             "--validation-fraction"
         )
     return manifest
+
+
+def without_effect(config: RunConfig) -> list[str]:
+    """Fields that were set although nothing reads them in this combination, one line each."""
+    schedule = config.schedule
+    lines = []
+    if schedule.kind is not ScheduleKind.WSD and schedule.decay_fraction != DEFAULT_DECAY_FRACTION:
+        lines.append(f"schedule.decay_fraction has no effect with kind={schedule.kind.value}")
+    if schedule.kind is ScheduleKind.CONSTANT and schedule.minimum_factor != 0:
+        lines.append("schedule.minimum_factor has no effect with kind=constant")
+    return lines
 
 
 def describe(config: RunConfig) -> list[tuple[str, str]]:
