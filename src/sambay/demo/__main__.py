@@ -44,7 +44,10 @@ from sambay.train.checkpoint import load_checkpoint_model
 from sambay.train.metrics import read_metrics
 
 RECIPES = {"SambaY": demo_sambay, "Transformer++": demo_transformer}
-NOT_OUR_TEXT = ("test", "tests", "idle_test", "site-packages", "dist-packages")
+# Tests, other people's packages, and generated tables that are numbers rather than programs.
+NOT_OUR_TEXT = (
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"),
+)
 PROMPT = '''def read_lines(path, encoding="utf-8"):
     """Return the lines of a text file.'''
 
@@ -188,7 +191,7 @@ def _continue(model: LanguageModel, data: Path) -> str:
 def _measure(models: dict[str, LanguageModel], longest: int) -> dict[str, list[GenerationSpeed]]:
     contexts = [length for length in (2**power for power in range(9, 30)) if length <= longest]
     speeds: dict[str, list[GenerationSpeed]] = {title: [] for title in models}
-    for title, point in compare_generation(models, contexts, repeats=2):
+    for title, point in compare_generation(models, contexts):
         speeds[title].append(point)
         print(
             f"{point.context:>7,} tokens  {title:<14} "

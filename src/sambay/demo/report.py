@@ -135,7 +135,8 @@ def _losses(result: DemoResult) -> Any:
         curves = []
         for model in result.models:
             every = [line[key] / unit for line in model.history]
-            curves.append(Curve(model.title, every, bits[model.title], is_background=True))
+            smooth = _running_mean(bits[model.title])
+            curves.append(Curve(model.title, every, smooth, is_background=True))
             seen = [line for line in model.history if "validation_bits_per_byte" in line]
             curves.append(
                 Curve(
@@ -148,8 +149,9 @@ def _losses(result: DemoResult) -> Any:
             Panel(title, label, curves, lines=_plain(result), y_top=_top(result), y_from_zero=False)
         )
     caption = (
-        f"thick: validation, thin: training · {result.models[0].parameters / 1e6:.1f} M parameters "
-        f"each, same batches · {result.environment}"
+        f"thick: validation, thin: training, mean of 10 steps · "
+        f"{result.models[0].parameters / 1e6:.1f} M parameters each, same batches · "
+        f"{result.environment}"
     )
     return draw_panels(panels, caption)
 
@@ -185,12 +187,18 @@ def _training_bits(result: DemoResult, model: ModelResult) -> list[float]:
     return [line["loss"] / math.log(2) / bytes_per_token for line in model.history]
 
 
+def _running_mean(values: Sequence[float], width: int = 10) -> list[float]:
+    """Each value with up to `width` - 1 before it, averaged."""
+    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
+
+
 def _plain(result: DemoResult) -> dict[str, float]:
     return {name: bits for name, bits in result.compressors.items() if "," not in name}
 
 
 def _top(result: DemoResult) -> float:
-    return 2.2 * max(_plain(result).values())
+    return 1.8 * max(_plain(result).values())
 
 
 def _markdown(result: DemoResult) -> str:
@@ -200,7 +208,8 @@ Command: `{result.command}` · commit {result.commit} · {result.date} · {resul
 seed · {result.seconds / 60:.1f} minutes in all.
 
 Both models saw the same {result.total_tokens:,} tokens of the Python standard library's sources
-in the same order. Held out are {result.validation_bytes:,} bytes of other files of it.
+(without tests and generated tables) in the same order. Held out are
+{result.validation_bytes:,} bytes of other files of it.
 "xz -9, primed" is what the held-out text adds to xz's output when the training text comes first.
 
 {_markdown_table(quality_rows(result))}

@@ -64,11 +64,14 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]])
                 curve.x, curve.y, color=colour, marker=marker, markersize=5.5, linewidth=2.0,
                 markeredgecolor="white", markeredgewidth=0.8, zorder=3,
             )  # fmt: skip
+    highest = max(panel.lines.values(), default=0.0)
     for name, value in panel.lines.items():
         axes.axhline(value, color=QUIET, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
+        is_highest = value == highest  # lines lie close together, so the others are named below
         axes.annotate(
-            name, (1.0, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-            textcoords="offset points", fontsize=8.5, color=QUIET, ha="right",
+            name, (0.0, value), xycoords=("axes fraction", "data"),
+            xytext=(4, 3 if is_highest else -3), va="bottom" if is_highest else "top",
+            textcoords="offset points", fontsize=8.5, color=QUIET, ha="left",
         )  # fmt: skip
     axes.set_title(panel.title, fontsize=10.5, loc="left", color=INK, pad=8)
     axes.set_xlabel(panel.x_label, fontsize=9)
