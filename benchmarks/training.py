@@ -26,8 +26,8 @@ MODELS = {
 }
 SETTINGS = (
     # batch, columns, models, rounds; Jamba's fallback scan needs a minute per step
-    (4, 512, (SUBJECT, "Transformer++", "transformers Llama"), 9),
-    (1, 4096, (SUBJECT, "Transformer++", "transformers Llama"), 5),
+    (4, 512, (SUBJECT, "Transformer++", "transformers Llama"), 7),
+    (1, 4096, (SUBJECT, "Transformer++", "transformers Llama"), 3),
     (4, 512, (SUBJECT, "transformers Jamba"), 1),
 )
 
