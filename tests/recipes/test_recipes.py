@@ -90,8 +90,9 @@ def test_published_hyperparameters() -> None:
         0.95,
         1e-8,
     )
-    assert (config.schedule.warmup_tokens, config.schedule.total_tokens) == (10**9, 101_400_000_000)
-    assert config.schedule.minimum_factor == 0
+    schedule = config.schedule
+    assert (schedule.warmup_tokens, schedule.total_tokens) == (10**9, 101_400_000_000)
+    assert schedule.minimum_factor == 0
 
 
 def test_a_recipe_from_a_file(tmp_path: Path) -> None:
