@@ -6,6 +6,8 @@ Buffers are allocated once and written in place. All rows stand at the same colu
 
 from __future__ import annotations
 
+import abc
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ class MambaState(LayerState):
         )
 
 
-class KVState(LayerState):
+class KVState(LayerState, abc.ABC):
     """Keys and values of attention, (B, K, columns, P) each.
 
     window: the most columns that are ever needed; None if all are.
@@ -80,6 +82,7 @@ class KVState(LayerState):
         """The number of columns there is room for."""
         return self.buffers["keys"].shape[2]
 
+    @abc.abstractmethod
     def append(
         self, keys: Tensor, values: Tensor, context: BatchContext
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -88,7 +91,6 @@ class KVState(LayerState):
         Raises:
             ConfigError: the cache has no room left.
         """
-        raise NotImplementedError
 
     def reserve(self, capacity: int) -> None:
         """Make room for a text of `capacity` columns, keeping what is stored."""
