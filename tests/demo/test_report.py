@@ -122,6 +122,10 @@ def test_plan_is_kept_and_used_only_for_the_same_minutes(
     (tmp_path / PLAN_FILE).unlink()
     assert read_plan(tmp_path, 10.0) is None
     assert plan_for(10.0, 10 * tokens_per_step).total_tokens == 30 * tokens_per_step
+    # 54 seconds: a fifth of them pays for 5 evaluations of 2 seconds
+    plan = plan_for(1.0, 10_000_000)
+    assert plan.total_tokens == (54 - 5 * 2) // 2 * tokens_per_step
+    assert plan.eval_every_steps == 4
     assert plan_for(0.001, 10_000_000).eval_every_steps == 1
 
 

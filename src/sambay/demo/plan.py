@@ -19,6 +19,7 @@ from sambay.train.trainer import Trainer
 PLAN_FILE = "plan.json"
 _EPOCHS = 3  # on a fast machine the text ends before the minutes do
 _EVALUATIONS = 6
+_EVALUATION_SHARE = 0.2  # of the time at most, unless that were less than two evaluations
 _FORWARD_COST = 1 / 3  # of a training step, which is a forward and a backward of twice the work
 _SHARE = 0.9  # of the minutes; the rest is checkpoints and a machine that slows down
 
@@ -74,12 +75,12 @@ def make_plan(
     seconds = max(_seconds_per_step(recipes, training).values())
     budget = 60 * minutes * _SHARE
     evaluation = validation.num_tokens / first.tokens_per_step * seconds * _FORWARD_COST
-    steps = int(min(
-        (budget - _EVALUATIONS * evaluation) / seconds,
-        _EPOCHS * training.num_tokens / first.tokens_per_step,
-    ))  # fmt: skip
-    steps = max(_EVALUATIONS, steps)
-    plan = Plan(minutes, steps * first.tokens_per_step, steps // _EVALUATIONS)
+    # A slow or busy machine shall spend its minutes on training: fewer points on the curve then.
+    evaluations = min(max(int(_EVALUATION_SHARE * budget / evaluation), 2), _EVALUATIONS)
+    affordable = (budget - evaluations * evaluation) / seconds
+    steps = int(min(affordable, _EPOCHS * training.num_tokens / first.tokens_per_step))
+    steps = max(evaluations, steps)
+    plan = Plan(minutes, steps * first.tokens_per_step, steps // evaluations)
     write_json(folder / PLAN_FILE, dataclasses.asdict(plan))
     return plan
 
