@@ -63,6 +63,14 @@ class BatchContext:
         first = self.offset + self.num_columns - self.keep
         return dataclasses.replace(self, offset=first, num_columns=self.keep, keep=None)
 
+    def to(self, device: torch.device | str) -> BatchContext:
+        """The same context with its tensors on another device."""
+        return dataclasses.replace(
+            self,
+            starts=None if self.starts is None else self.starts.to(device),
+            segments=None if self.segments is None else self.segments.to(device),
+        )
+
     def positions(self, device: torch.device) -> Tensor:
         """(B or 1, T) int64: the place of each column in its own row, counted without padding."""
         columns = torch.arange(self.offset, self.offset + self.num_columns, device=device)[None]

@@ -15,8 +15,10 @@ from sambay.errors import ConfigError, nearest
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.norm import make_norm
 from sambay.layers.roles import Role
+from sambay.layers.state import LayerState
 from sambay.model.block import Block
 from sambay.model.cache import ModelCache
+from sambay.model.decoder import call_block, run_blocks
 from sambay.model.init import initialise
 from sambay.spec import ModelConfig, prefill_split
 
@@ -96,17 +98,16 @@ class LanguageModel(nn.Module):
         states = [None] * len(self.blocks) if cache is None else cache.layers
         x = self.embedding(input_ids_BT)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.embedding_multiplier
-        shared = SharedStates()
-        selecting = context.keeping(_KEEP[outputs])
-        for index, (block, state) in enumerate(zip(self.blocks, states, strict=True)):
-            if index == self.split:
-                context = selecting
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, shared = checkpoint(block, x, context, shared, state, use_reentrant=False)
-            else:
-                x, shared = block(x, context, shared, state)
-            if index == self.split:
-                context = selecting.narrowed()
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        x = run_blocks(
+            self.blocks,
+            states,
+            x,
+            context,
+            split=self.split,
+            keep=_KEEP[outputs],
+            call=_call_checkpointed if recompute else call_block,
+        )
         if cache is not None:
             cache.length += input_ids_BT.shape[1]
         return self.norm(x) * self.config.logit_multiplier
@@ -134,3 +135,13 @@ class LanguageModel(nn.Module):
         if starts is not None:
             raise ConfigError("starts: the cache has its own; give them to ModelCache.allocate")
         return cache.context(input_ids.shape[1])
+
+
+def _call_checkpointed(
+    block: nn.Module,
+    x: Tensor,
+    context: BatchContext,
+    shared: SharedStates,
+    state: LayerState | None,
+) -> tuple[Tensor, SharedStates]:
+    return checkpoint(block, x, context, shared, state, use_reentrant=False)
