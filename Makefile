@@ -18,7 +18,7 @@ TEST_OPTIONS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test lint types check format bench images clean
+.PHONY: help setup demo test test-oldest lint types check format bench images clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,12 @@ demo: setup  ## data, two models, text, speed and pictures in about ten minutes
 
 test: setup  ## all tests of the default run (CPU)
 	@$(PY) -m pytest $(TEST_OPTIONS)
+
+# The package index's own dependencies stay; only transformers is shadowed by the older version.
+test-oldest: setup  ## the tests of the Hugging Face classes with the oldest supported transformers
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
+		--target build/oldest -r constraints-oldest.txt
+	@PYTHONPATH=build/oldest $(PY) -m pytest tests/hf $(TEST_OPTIONS)
 
 lint: setup  ## ruff: rules and formatting
 	@$(PY) -m ruff check .

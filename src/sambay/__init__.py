@@ -9,8 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sambay.hf import register
+
 if TYPE_CHECKING:
     from sambay.errors import SambayError
+    from sambay.hf.configuration import Phi4FlashConfig, SambaYConfig
+    from sambay.hf.loading import load_model
+    from sambay.hf.modeling import Phi4FlashForCausalLM, SambaYForCausalLM
     from sambay.model import LanguageModel, ModelCache
     from sambay.model.init import initialise
     from sambay.spec import ModelConfig, presets
@@ -21,8 +26,13 @@ _HOMES = {
     "LanguageModel": "sambay.model",
     "ModelCache": "sambay.model",
     "ModelConfig": "sambay.spec",
+    "Phi4FlashConfig": "sambay.hf.configuration",
+    "Phi4FlashForCausalLM": "sambay.hf.modeling",
+    "SambaYConfig": "sambay.hf.configuration",
+    "SambaYForCausalLM": "sambay.hf.modeling",
     "SambayError": "sambay.errors",
     "initialise": "sambay.model.init",
+    "load_model": "sambay.hf.loading",
     "presets": "sambay.spec",
 }
 
@@ -30,11 +40,18 @@ __all__ = [
     "LanguageModel",
     "ModelCache",
     "ModelConfig",
+    "Phi4FlashConfig",
+    "Phi4FlashForCausalLM",
+    "SambaYConfig",
+    "SambaYForCausalLM",
     "SambayError",
     "__version__",
     "initialise",
+    "load_model",
     "presets",
 ]
+
+register.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,118 @@
+"""The caches of transformers as the layer states of this package.
+
+`DynamicCache` and `StaticCache` build one layer per entry of `config.layer_types`. The adapters
+below let our mixers read and write those layers, so everything transformers does to a cache (beam
+reordering, offloading, resetting, handing it to the next call) works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from sambay.errors import ConfigError
+from sambay.layers.context import BatchContext
+from sambay.layers.state import LayerState
+from sambay.spec import LayerKind, LayerSpec, ModelConfig
+
+
+class RecurrentLayer(LayerState):
+    """A linear-attention cache layer as the state of a Mamba mixer.
+
+    Kept in float32: `conv_states[0]` is (B, d_conv - 1, E), oldest first, `recurrent_states[0]` is
+    (B, E, N). The layer owns the tensors; the mixer writes them in place.
+    """
+
+    def __init__(self, layer: Any, config: ModelConfig, batch: int, device: torch.device) -> None:
+        if not layer.is_recurrent_states_initialized[0]:
+            E, options = config.d_inner, {"dtype": torch.float32, "device": device}
+            layer.conv_states[0] = torch.zeros(batch, config.d_conv - 1, E, **options)
+            layer.recurrent_states[0] = torch.zeros(batch, E, config.d_state, **options)
+            layer.conv_kernel_size[0] = config.d_conv - 1
+            layer.dtype, layer.device = torch.float32, device
+            layer.is_conv_states_initialized[0] = layer.is_recurrent_states_initialized[0] = True
+        found = layer.recurrent_states[0].shape[0]
+        if found != batch:
+            raise ConfigError(
+                f"past_key_values holds {found} rows, the input {batch}; continue a cache with as "
+                "many rows as it was filled with"
+            )
+        layer.has_previous_state[0] = True
+        super().__init__(conv=layer.conv_states[0], ssm=layer.recurrent_states[0])
+
+
+class AttentionLayer(LayerState):
+    """A key-value cache layer, dynamic or static, full or windowed, as the state of attention."""
+
+    def __init__(self, cache: Cache, index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    def append(
+        self, keys: Tensor, values: Tensor, context: BatchContext
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store (B, K, T, P) new columns; returns all that can be seen, and `starts` among them.
+
+        Raises:
+            ConfigError: a static cache has no room left.
+        """
+        end = context.offset + keys.shape[2]
+        layer = self.cache.layers[self.index] if self.index < len(self.cache.layers) else None
+        if layer is not None and not getattr(layer, "is_sliding", False):
+            room = layer.get_max_length() if hasattr(layer, "get_max_length") else -1
+            if 0 <= room < end:
+                raise ConfigError(
+                    f"past_key_values: column {end} does not fit a static cache of {room}; "
+                    "give it a larger max_cache_len"
+                )
+        keys, values = self.cache.update(keys, values, self.index)
+        keys, values = keys[:, :, :end], values[:, :, :end]  # static buffers come back whole
+        first = end - keys.shape[2]
+        if context.starts is None or context.max_start <= first:
+            return keys, values, None
+        return keys, values, context.starts - first
+
+
+def columns_seen(cache: Cache | None, layers: Sequence[LayerSpec]) -> int:
+    """How many columns a cache holds; 0 where no layer counts them (a model without attention)."""
+    if cache is None:
+        return 0
+    for layer in layers:
+        if layer.kind in (LayerKind.FULL, LayerKind.SLIDING):
+            return int(cache.get_seq_length(layer.index))
+    return 0
+
+
+def layer_states(
+    cache: Cache | None,
+    config: ModelConfig,
+    batch: int,
+    devices: Sequence[torch.device],
+) -> list[LayerState | None]:
+    """One adapter for every layer that keeps state, on the device its block computes on.
+
+    Raises:
+        ConfigError: a cache that was not built for this configuration.
+    """
+    if cache is None:
+        return [None] * config.num_layers
+    states: list[LayerState | None] = []
+    for spec, device in zip(config.layers, devices, strict=True):
+        if spec.kind is LayerKind.MAMBA:
+            layer = cache.layers[spec.index] if spec.index < len(cache.layers) else None
+            if not hasattr(layer, "recurrent_states"):
+                raise ConfigError(
+                    f"past_key_values: layer {spec.index} is "
+                    f"{'missing' if layer is None else 'a ' + type(layer).__name__}, a Mamba layer "
+                    "needs a recurrent state; build the cache with config=model.config"
+                )
+            states.append(RecurrentLayer(layer, config, batch, device))
+        elif spec.kind.keeps_state:
+            states.append(AttentionLayer(cache, spec.index))
+        else:
+            states.append(None)
+    return states
