@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
@@ -17,11 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sambay.errors import CheckpointMismatch
 from sambay.files import WriteFailed
-from sambay.model import LanguageModel, initialise
+from sambay.model import LanguageModel, initialise, weights_writer
 from sambay.model import folder as model_folder
 from sambay.train import checkpoint
 from sambay.train.checkpoint import (
@@ -100,7 +101,7 @@ def _fork_and_kill_at(event: int, action: Callable[[], None]) -> bool:
         os.fsync, os.replace = counted(os.fsync), counted(os.replace)
         Path.rename = counted(Path.rename)  # type: ignore[method-assign]
         os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
-        model_folder.save_file = counted(save_file)
+        model_folder.write_file = counted(model_folder.write_file)
         checkpoint.sha256_of = counted(checkpoint.sha256_of)
         action()
         os._exit(0)
@@ -205,12 +206,10 @@ def test_a_failed_write_leaves_the_last_checkpoint(
 def test_a_full_disk_is_named(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import SafetensorError
-
     def full(*args: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(model_folder, "save_file", full)
+    monkeypatch.setattr(weights_writer, "_write_all", full)
     store = CheckpointStore(tmp_path, CheckpointConfig())
     with pytest.raises(WriteFailed, match=r"the disk is full; free some space") as caught:
         save(store, 1, parts)

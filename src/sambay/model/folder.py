@@ -1,51 +1,89 @@
-"""Models on disk: a folder with config.json, model.safetensors and tokenizer.json.
+"""The native model folder: config.json, model.safetensors (or shards) and the tokenizer.
 
-Tensors carry the names of `state_dict`; a tensor used in two places (tied embeddings) is stored
-once, under its first name.
+The same folder is read by transformers' Auto classes. Its tensors carry the names of `state_dict`
+below `model.`, but for the head, `lm_head.weight`; tied embeddings are stored once.
 """
 
 from __future__ import annotations
 
-import contextlib
+import difflib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sambay.errors import CheckpointMismatch, ConfigError
 from sambay.files import WriteFailed, write_json
 from sambay.model import LanguageModel
+from sambay.model.fit import explain_misfit
+from sambay.model.publish import publish_folder
+from sambay.model.weights import Weights, open_file, open_folder
+from sambay.model.weights_writer import (
+    DEFAULT_SHARD_BYTES,
+    plan_tensor,
+    write_file,
+    write_folder,
+)
+from sambay.spec.layers import LayerKind
 from sambay.spec.model_config import ModelConfig
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # the second names the EOS token
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+# What may lie beside it: the first names the EOS token.
+TOKENIZER_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TOKENIZER_FILES = (TOKENIZER_FILE, *TOKENIZER_COMPANIONS)
+MODEL_TYPE, ARCHITECTURE = "sambay", "SambaYForCausalLM"
 FORMAT_VERSION = 1
 
+_LAYER_TYPES = {
+    LayerKind.MAMBA: "linear_attention",
+    LayerKind.GATED_MEMORY: "linear_attention",
+    LayerKind.SLIDING: "sliding_attention",
+    LayerKind.FULL: "full_attention",
+    LayerKind.CROSS: "full_attention",
+}
+_HEAD, _STORED_HEAD, _PREFIX = "head.weight", "lm_head.weight", "model."
+# Entries of other programs that look like a field of ours.
+_FOREIGN = ("tie_embeddings", "num_layers", "rms_norm_eps", "layer_norm_eps", "layer_types")
+_MISSPELT = 0.8
 
-def save_model_folder(path: Path, model: LanguageModel, tokenizer_file: Path) -> None:
+
+def save_model_folder(
+    path: Path,
+    model: LanguageModel,
+    tokenizer_file: Path | None = None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
     """Write the folder so that it appears complete or not at all; an older one is replaced.
 
-    The tokenizer is copied together with the tokenizer_config.json beside it, if there is one.
+    The tokenizer, if one is given, is copied together with its companions beside it.
 
     Raises:
-        WriteFailed: the operating system refused; an older folder stays as it was.
+        WriteFailed: the operating system refused, or `path` is a folder of something else; what
+            was there stays as it was.
     """
+    refuse_foreign_folder(path)
+    plans = [
+        plan_tensor(stored_name(name), tensor) for name, tensor in stored_tensors(model).items()
+    ]
     with publish_folder(path) as folder:
-        write_json(
-            folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, **model.config.to_dict()}
-        )
-        write_tensors(folder / WEIGHTS_FILE, stored_tensors(model))
-        shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILES[0])
-        settings = tokenizer_file.with_name(TOKENIZER_FILES[1])
-        if settings.exists():
-            shutil.copyfile(settings, folder / TOKENIZER_FILES[1])
+        write_json(folder / CONFIG_FILE, config_values(model.config, model.head_weight.dtype))
+        write_folder(folder, plans, max_shard_bytes=max_shard_bytes)
+        if tokenizer_file is not None:
+            copy_tokenizer(tokenizer_file, folder)
 
 
 def load_model_folder(
@@ -70,32 +108,81 @@ def load_model_folder(
             f"{path / CONFIG_FILE}: model.{name} = {found!r}, expected {wanted!r}; "
             "this folder holds another architecture"
         )
-    return build_from_weights(config, path / WEIGHTS_FILE, dtype=dtype, device=device)
+    return _build(config, open_folder(path), dtype=dtype, device=device, prefixed=True)
+
+
+def config_values(config: ModelConfig, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The content of config.json; `dtype` is what transformers calls that of the weights."""
+    fields = config.to_dict()
+    fields["tie_word_embeddings"] = fields.pop("tie_embeddings")
+    fields["num_hidden_layers"] = fields.pop("num_layers")
+    fields["layer_types"] = [_LAYER_TYPES[layer.kind] for layer in config.layers]
+    if dtype is not None:
+        fields["dtype"] = str(dtype).removeprefix("torch.")
+    head = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
+    return head | {"format_version": FORMAT_VERSION} | fields
+
+
+def parse_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration in the content of a config.json; entries of other programs are ignored.
+
+    Raises:
+        ConfigError: another model type or format version, a missing field, one that looks misspelt,
+            or a value that cannot work.
+    """
+    if values.get("model_type") != MODEL_TYPE:
+        raise ConfigError(
+            f"model_type = {values.get('model_type')!r}; the native format has '{MODEL_TYPE}'"
+        )
+    version = values.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ConfigError(
+            f"format_version = {version!r}, this version of sambay reads {FORMAT_VERSION}"
+        )
+    names = {"tie_word_embeddings": "tie_embeddings", "num_hidden_layers": "num_layers"}
+    known = ModelConfig.__dataclass_fields__.keys()
+    fields = {
+        names.get(name, name): value
+        for name, value in values.items()
+        if name in known or name in names
+    }
+    for name in values.keys() - fields.keys() - names.keys() - set(_FOREIGN):
+        near = difflib.get_close_matches(name, known - values.keys(), n=1, cutoff=_MISSPELT)
+        if near:
+            raise ConfigError(f"model.{name}: no such field (did you mean '{near[0]}'?)")
+    return ModelConfig.from_dict(fields)
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The configuration in a model folder's config.json.
+    """The configuration in a native model folder's config.json.
 
     Raises:
         CheckpointMismatch: the file is missing or does not describe a model of this format.
     """
+    values = read_json_object(path)
+    try:
+        return parse_config(values)
+    except ConfigError as error:
+        raise CheckpointMismatch(f"{path}: {error}") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        CheckpointMismatch: the file is missing or holds something else.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointMismatch(
             f"{path} does not exist; give a model folder, a checkpoint or a run directory"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointMismatch(f"{path} cannot be read: {error}") from error
-    version = values.pop("format_version", None) if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointMismatch(
-            f"{path}: format_version = {version!r}, this version of sambay reads {FORMAT_VERSION}"
-        )
-    try:
-        return ModelConfig.from_dict(values)
-    except ConfigError as error:
-        raise CheckpointMismatch(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointMismatch(f"{path} holds no JSON object; use the config.json of a model")
+    return values
 
 
 def build_from_weights(
@@ -105,19 +192,22 @@ def build_from_weights(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> LanguageModel:
-    """A model of this configuration with the tensors of a safetensors file, in evaluation mode.
+    """A model of this configuration with the tensors of one file under their `state_dict` names.
 
     Raises:
         CheckpointMismatch: as `load_model_folder`.
     """
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    wanted = stored_tensors(model)
-    check_tensors(wanted, weights)
-    with _opened(weights) as file:
-        values = {id(tensor): file.get_tensor(name).clone() for name, tensor in wanted.items()}
-    materialise(model, values)
-    return model.to(device=device, dtype=dtype).eval()
+    return _build(config, open_file(weights), dtype=dtype, device=device, prefixed=False)
+
+
+def stored_name(name: str) -> str:
+    """What a tensor of `state_dict` is called in a native folder."""
+    return _STORED_HEAD if name == _HEAD else _PREFIX + name
+
+
+def own_name(stored: str) -> str:
+    """What a tensor of a native folder is called in `state_dict`."""
+    return _HEAD if stored == _STORED_HEAD else stored.removeprefix(_PREFIX)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -131,44 +221,21 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
+    """Write one safetensors file.
 
     Raises:
         WriteFailed: the operating system refused (disk full, no permission).
     """
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except (OSError, SafetensorError) as error:
-        full = "os error 28" in str(error) or "No space left" in str(error)
-        reason = "the disk is full; free some space and run the command again" if full else error
-        raise WriteFailed(f"cannot write {path}: {reason}") from error
+    write_file(path, [plan_tensor(name, tensor) for name, tensor in tensors.items()])
 
 
 def check_tensors(wanted: Mapping[str, Tensor], path: Path) -> None:
     """Compare names and shapes in a safetensors file with `wanted`, without reading the data.
 
     Raises:
-        CheckpointMismatch: names the first tensor that is missing, left over or misshapen.
+        CheckpointMismatch: names the tensors that are missing, left over or misshapen.
     """
-    with _opened(path) as file:
-        names = set(file.keys())
-        for problem, found in (
-            ("misses", sorted(wanted.keys() - names)),
-            ("has an unknown", sorted(names - wanted.keys())),
-        ):
-            if found:
-                more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-                raise CheckpointMismatch(
-                    f"{path} {problem} tensor '{found[0]}'{more}; "
-                    "it belongs to a model of another architecture"
-                )
-        for name, tensor in wanted.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != tuple(tensor.shape):
-                raise CheckpointMismatch(
-                    f"{path}: tensor '{name}' has shape {shape}, the model needs "
-                    f"{tuple(tensor.shape)}; it belongs to a model of another size"
-                )
+    open_file(path).require(_shapes(wanted))
 
 
 def load_tensors(targets: Mapping[str, Tensor], path: Path) -> None:
@@ -177,63 +244,24 @@ def load_tensors(targets: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         CheckpointMismatch: as `check_tensors`, before anything is copied.
     """
-    check_tensors(targets, path)
-    with _opened(path) as file, torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(file.get_tensor(name))
+    weights = open_file(path)
+    weights.require(_shapes(targets))
+    for name, target in targets.items():
+        weights.fill(name, target)
 
 
-@contextlib.contextmanager
-def publish_folder(path: Path) -> Iterator[Path]:
-    """A new folder whose content appears at `path` only when the block ends without error.
-
-    The files are flushed to the disk and the folder is renamed as a whole; after a kill at any
-    moment `path` is absent, or complete. An existing folder is replaced.
-
-    Raises:
-        WriteFailed: the operating system refused; nothing was left behind.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
-    except OSError as error:
-        raise WriteFailed(f"cannot create a folder in {path.parent}: {error}") from error
-    try:
-        yield temporary
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        temporary.chmod(0o755)
-        if path.exists():
-            remove_folder(path)
-        temporary.rename(path)
-        _flush(path.parent)
-    except OSError as error:
-        raise WriteFailed(
-            f"cannot write {path}: {error}; check the disk space and the permissions"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def meta_model(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
+    """A model without data whose parameters have the dtypes it will have: see `allocate`."""
+    with torch.device("meta"):
+        return LanguageModel(config).to(dtype)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill in between leaves it whole or hidden, never half of it.
-
-    Raises:
-        WriteFailed: the operating system refused.
-    """
-    try:
-        hidden = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-        path.rename(hidden / path.name)
-        shutil.rmtree(hidden)
-    except OSError as error:
-        raise WriteFailed(f"cannot remove {path}: {error}; check its permissions") from error
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in `folder`: hidden folders of the two functions above."""
-    for pattern in (".*.new.*", ".*.old.*"):
-        for left in folder.glob(pattern):
-            shutil.rmtree(left, ignore_errors=True)
+def allocate(tensors: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Uninitialised memory for each of these meta tensors, by name."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        for name, tensor in tensors.items()
+    }
 
 
 def materialise(model: nn.Module, values: Mapping[int, Tensor]) -> None:
@@ -248,22 +276,51 @@ def materialise(model: nn.Module, values: Mapping[int, Tensor]) -> None:
     assert not any(buffer.is_meta for buffer in model.buffers()), "buffers have no stored values"
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise CheckpointMismatch(f"{path} does not exist; the folder is incomplete") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointMismatch(
-            f"{path} is damaged or no safetensors file ({error}); use another copy"
-        ) from error
+def copy_tokenizer(tokenizer_file: Path, folder: Path) -> None:
+    """Copy a tokenizer.json and what belongs to it into a folder; a missing one is an OSError."""
+    shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILE)
+    for name in TOKENIZER_COMPANIONS:
+        if (companion := tokenizer_file.with_name(name)).exists():
+            shutil.copyfile(companion, folder / name)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def refuse_foreign_folder(path: Path) -> None:
+    """Keep a wrong path from replacing somebody's files by a model.
+
+    Raises:
+        WriteFailed: `path` is a file, or a folder with files but no config.json.
+    """
+    if path.is_dir():
+        foreign = any(path.iterdir()) and not (path / CONFIG_FILE).exists()
+    else:
+        foreign = path.exists()
+    if foreign:
+        raise WriteFailed(f"{path} exists and is no model folder; choose another name")
+
+
+def _build(
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    prefixed: bool,
+) -> LanguageModel:
+    model = meta_model(config, dtype)
+    wanted = stored_tensors(model)
+    names = {name: stored_name(name) if prefixed else name for name in wanted}
+    weights.require(
+        {names[name]: tuple(tensor.shape) for name, tensor in wanted.items()},
+        lambda: explain_misfit(
+            config, {own_name(name): shape for name, shape in weights.shapes.items()}
+        ),
+    )
+    values = allocate(wanted, device)
+    for name, value in values.items():
+        weights.fill(names[name], value)
+    materialise(model, {id(wanted[name]): value for name, value in values.items()})
+    return model.eval()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

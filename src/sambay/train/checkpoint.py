@@ -18,21 +18,19 @@ import torch
 
 from sambay.errors import CheckpointMismatch, ConfigError
 from sambay.files import sha256_of, write_json
+from sambay.hf.loading import is_model_folder, load_model
 from sambay.model import LanguageModel
 from sambay.model.folder import (
     CONFIG_FILE,
-    TOKENIZER_FILES,
-    WEIGHTS_FILE,
+    TOKENIZER_FILE,
     build_from_weights,
     check_tensors,
-    load_model_folder,
     load_tensors,
-    publish_folder,
-    remove_folder,
-    remove_leftovers,
     stored_tensors,
     write_tensors,
 )
+from sambay.model.publish import publish_folder, remove_folder, remove_leftovers
+from sambay.model.weights import WEIGHTS_FILE
 from sambay.spec.model_config import ModelConfig
 from sambay.train.config import CheckpointConfig, RunConfig
 from sambay.train.optim import optimizer_tensors, set_optimizer_step
@@ -228,15 +226,15 @@ def load_checkpoint_model(
         check_files(checkpoint, state)
         config = _stored_config(checkpoint, state["config"]).model
         model = build_from_weights(config, checkpoint / WEIGHTS_FILE, dtype=dtype, device=device)
-        return model, config, run_dir / TOKENIZER_FILES[0]
+        return model, config, run_dir / TOKENIZER_FILE
     folder = path / MODEL if (path / MODEL / CONFIG_FILE).exists() else path
-    if not (folder / WEIGHTS_FILE).exists():
+    if not is_model_folder(folder):
         raise CheckpointMismatch(
             f"{path} holds no model; give a run directory of `sambay train` with at least one "
             "checkpoint, a checkpoint, or a model folder"
         )
-    model = load_model_folder(folder, dtype=dtype, device=device)
-    return model, model.config, folder / TOKENIZER_FILES[0]
+    model = load_model(folder, dtype=dtype, device=device)
+    return model, model.config, folder / TOKENIZER_FILE
 
 
 def _stored_config(path: Path, values: dict[str, Any]) -> RunConfig:

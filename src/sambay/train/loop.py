@@ -14,7 +14,7 @@ from sambay.data.sampler import sample_indices
 from sambay.data.shards import TokenDataset
 from sambay.errors import SambayError
 from sambay.generate.memory import available_bytes, readable_bytes
-from sambay.model.folder import TOKENIZER_FILES, save_model_folder
+from sambay.model.folder import TOKENIZER_FILE, save_model_folder
 from sambay.train.checkpoint import CheckpointStore, Progress, check_same_run, restore
 from sambay.train.config import RunConfig
 from sambay.train.display import Display
@@ -99,7 +99,7 @@ def train(
         if progress.step < config.num_steps:
             return Outcome(progress, signal_number, evaluation)
         if evaluation is not None or not (run_dir / MODEL).exists():
-            save_model_folder(run_dir / MODEL, trainer.model, run_dir / TOKENIZER_FILES[0])
+            save_model_folder(run_dir / MODEL, trainer.model, run_dir / TOKENIZER_FILE)
         return Outcome(progress, None, evaluation)
 
 
