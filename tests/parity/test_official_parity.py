@@ -7,15 +7,15 @@ The distance is max |difference| / max |reference| over all logits of a text; 1e
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from sambay.hf import key_map
+from sambay.hf import official
 from sambay.model import LanguageModel, ModelCache
-from sambay.spec import ModelConfig, presets
 from tests.parity import float64_reference as reference
 from tests.parity import formula_checkpoint as formula
 
@@ -36,43 +36,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 Tensors = dict[str, np.ndarray[Any, Any]]
 
 
-def our_model(
-    config: dict[str, Any], values: Tensors, dtype: torch.dtype = torch.float32
-) -> LanguageModel:
-    """The official tensors in our model."""
-    ours = our_config(config)
-    table = {name: torch.from_numpy(array) for name, array in values.items()}
-    model = LanguageModel(ours).to(dtype).eval()
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for rule in key_map.rules(ours):
-            tensor, first = table.pop(rule.official), 0
-            for name in rule.ours:
-                rows = len(parameters[name])
-                part = tensor[first : first + rows]
-                parameters[name].copy_(part.reshape(parameters[name].shape))
-                first += rows
-            assert first == len(tensor)
-    assert not table
-    return model
+@pytest.fixture
+def our_model(tmp_path: Path) -> Callable[..., LanguageModel]:
+    """The official tensors, stored as they are published, loaded as a user would."""
 
+    def make(
+        config: dict[str, Any], values: Tensors, dtype: torch.dtype = torch.float32
+    ) -> LanguageModel:
+        formula.write_folder(tmp_path / "official", config, values)
+        return official.load(tmp_path / "official", dtype=dtype)
 
-def our_config(config: dict[str, Any]) -> ModelConfig:
-    return presets.build(
-        "sambay+da",
-        config["num_hidden_layers"],
-        parametrization="standard",
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=config["hidden_size"] // config["num_attention_heads"],
-        window=config["sliding_window"],
-        norm="layer",
-        attention_bias=True,
-        tie_embeddings=config["tie_word_embeddings"],
-    )
+    return make
 
 
 def distance(ours: torch.Tensor, wanted: np.ndarray[Any, Any]) -> float:
@@ -83,7 +57,9 @@ def distance(ours: torch.Tensor, wanted: np.ndarray[Any, Any]) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_logits_equal_the_reference_however_they_are_computed(name: str) -> None:
+def test_logits_equal_the_reference_however_they_are_computed(
+    name: str, our_model: Callable[..., LanguageModel]
+) -> None:
     config = formula.official_config(**CONFIGS[name])
     values = formula.tensors(config, salt=name)
     wanted = reference.evaluate(values, config, TOKENS).logits
@@ -102,8 +78,39 @@ def test_logits_equal_the_reference_however_they_are_computed(name: str) -> None
     assert distance(torch.cat(stepped, dim=1), wanted) < LIMIT
 
 
+def test_the_reference_reads_a_folder_as_it_was_written(tmp_path: Path) -> None:
+    """Its own reader, byte by byte, gives the numbers of the formula back; so does every spelling
+    of the window."""
+    config = formula.official_config(num_hidden_layers=12)
+    values = formula.tensors(config)
+    formula.write_folder(tmp_path, config, values)
+    read, stored = reference.read_folder(tmp_path)
+    assert stored == config
+    assert read.keys() == values.keys()
+    assert all(np.array_equal(read[name], values[name]) for name in values)
+    by_layer = [5 if index in (1, 3, 5) else None for index in range(12)]
+    one = reference.evaluate(read, config, TOKENS).logits
+    other = reference.evaluate(read, config | {"sliding_window": by_layer}, TOKENS).logits
+    assert np.array_equal(one, other)
+
+
+def test_the_published_size_has_the_published_tensors() -> None:
+    """434 names, 3,852,562,944 parameters and 7,706,608,640 bytes, as the published index says."""
+    shapes = formula.shapes(
+        formula.official_config(
+            hidden_size=2560, num_hidden_layers=32, num_attention_heads=40,
+            num_key_value_heads=20, intermediate_size=10_240, vocab_size=200_064,
+        )
+    )  # fmt: skip
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    size_in_bytes = sum(
+        size * (4 if name.endswith(formula.FLOAT32_SUFFIXES) else 2) for name, size in sizes.items()
+    )
+    assert (len(sizes), sum(sizes.values()), size_in_bytes) == (434, 3_852_562_944, 7_706_608_640)
+
+
 @torch.no_grad()
-def test_in_float64_only_rounding_remains() -> None:
+def test_in_float64_only_rounding_remains(our_model: Callable[..., LanguageModel]) -> None:
     """What float32 could hide, such as a float32 constant in a float64 computation."""
     config = formula.official_config()
     values = formula.tensors(config)
@@ -113,7 +120,7 @@ def test_in_float64_only_rounding_remains() -> None:
 
 
 @torch.no_grad()
-def test_every_hidden_state_equals_the_reference() -> None:
+def test_every_hidden_state_equals_the_reference(our_model: Callable[..., LanguageModel]) -> None:
     """An error in one layer that a later one hides would show here."""
     config = formula.official_config(num_hidden_layers=12)
     values = formula.tensors(config)
@@ -238,7 +245,9 @@ MISTAKES: dict[str, Change] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @torch.no_grad()
-def test_each_known_mistake_would_show(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_known_mistake_would_show(
+    mistake: str, our_model: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = formula.official_config()
     values = formula.tensors(config)
     model = our_model(config, values)

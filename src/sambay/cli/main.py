@@ -20,6 +20,8 @@ COMMANDS = {
     "prepare": "turn files of text into token shards with a tokenizer",
     "train": "train a model by a recipe; continues where an earlier run stopped",
     "generate": "let a trained model continue a prompt",
+    "convert": "turn a model from one file format into another",
+    "init": "write a model folder with random weights, of any size, to try things with",
     "doctor": "show versions, devices and which implementation of each operation is available",
     "bench": "measure prefill, decode and training speed on this machine",
 }

@@ -49,8 +49,10 @@ _MIXERS: dict[str, dict[str, str]] = {  # theirs below `attn.`, ours below `mixe
 }
 
 
-def load(path: Path, settings: Settings, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The model in an ArchScale checkpoint, in evaluation mode, in `dtype` where it may be lower.
+def load(path: Path, settings: Settings, dtype: torch.dtype | None = None) -> LanguageModel:
+    """The model in an ArchScale checkpoint, in evaluation mode.
+
+    dtype: of all but what must stay float32; that of the stored embedding if None.
 
     Raises:
         CheckpointMismatch: not such a file, a kind of layer this package does not have, missing,
@@ -58,6 +60,7 @@ def load(path: Path, settings: Settings, dtype: torch.dtype = torch.float32) -> 
         ConfigError: a setting that is missing (all are named) or contradicts the tensors.
     """
     tensors = read_tensors(path)
+    dtype = dtype or tensors[EMBEDDING].dtype
     config = Shapes(tensors, path).describe(settings)
     with torch.device("meta"):
         model = LanguageModel(config)

@@ -7,9 +7,22 @@ import math
 import torch
 
 from sambay.model import LanguageModel
-from sambay.spec import LayerKind
+from sambay.spec import LayerKind, ModelConfig
 
 _WITH_QUERIES = (LayerKind.SLIDING, LayerKind.FULL, LayerKind.CROSS)
+
+
+def folded_config(config: ModelConfig) -> ModelConfig:
+    """The configuration that `fold_multipliers` gives; the argument itself if all are 1 already."""
+    usual = 1 / math.sqrt(config.head_dim)
+    if math.isclose(config.attention_scale, usual, rel_tol=1e-12):
+        usual = config.attention_scale
+    return config.replace(
+        residual_multiplier=1.0,
+        logit_multiplier=1.0,
+        embedding_multiplier=1.0,
+        attention_scale=usual,
+    )
 
 
 @torch.no_grad()
@@ -21,12 +34,12 @@ def fold_multipliers(model: LanguageModel) -> LanguageModel:
     1 / sqrt(head_dim). The embedding takes its own multiplier, and where it is also the head the
     final norm gives that back. Tensors that do not change are shared with `model`.
     """
-    config = model.config
-    usual = 1 / math.sqrt(config.head_dim)
+    config, target = model.config, folded_config(model.config)
     residual, final = config.residual_multiplier, config.logit_multiplier
     factors: dict[str, float] = {"embedding.weight": config.embedding_multiplier}
     if config.tie_embeddings:
         final /= config.embedding_multiplier
+    queries = config.attention_scale / target.attention_scale
     for part in ("weight", "bias"):
         factors[f"norm.{part}"] = final
         for layer in config.layers:
@@ -34,16 +47,9 @@ def fold_multipliers(model: LanguageModel) -> LanguageModel:
             factors[f"{block}mixer.out_proj.{part}"] = residual
             factors[f"{block}mlp.out_proj.{part}"] = residual
             if layer.kind in _WITH_QUERIES:
-                factors[f"{block}mixer.q_proj.{part}"] = config.attention_scale / usual
+                factors[f"{block}mixer.q_proj.{part}"] = queries
     with torch.device("meta"):
-        folded = LanguageModel(
-            config.replace(
-                residual_multiplier=1.0,
-                logit_multiplier=1.0,
-                embedding_multiplier=1.0,
-                attention_scale=usual,
-            )
-        )
+        folded = LanguageModel(target)
     values = {}
     for name, tensor in model.state_dict().items():
         factor = factors.get(name, 1.0)
