@@ -21,6 +21,7 @@ matrices of tied models as well, and that is what the published losses were trai
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -56,12 +57,31 @@ def initialise(
     Raises:
         ConfigError: an unknown scheme.
     """
+    for name, make in value_makers(model, scheme, seed).items():
+        model.get_parameter(name).copy_(make())
+
+
+def value_makers(
+    model: LanguageModel, scheme: InitScheme | str, seed: int
+) -> dict[str, Callable[[], Tensor]]:
+    """For each parameter a function that makes its first value, float32 on the CPU.
+
+    The model may be on the meta device; the functions can be called in any order.
+
+    Raises:
+        ConfigError: an unknown scheme.
+    """
     fills = _fills(model, InitScheme(scheme))
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        value = torch.empty(parameter.shape, dtype=torch.float32)
-        fills[id(parameter)](value, generator)
-        parameter.copy_(value)
+
+    def make(name: str, shape: torch.Size, fill: Fill) -> Tensor:
+        value = torch.empty(shape, dtype=torch.float32, device="cpu")
+        fill(value, torch.Generator().manual_seed(_seed_of(seed, name)))
+        return value
+
+    return {
+        name: functools.partial(make, name, parameter.shape, fills[id(parameter)])
+        for name, parameter in model.named_parameters()
+    }
 
 
 def _fills(model: LanguageModel, scheme: InitScheme) -> dict[int, Fill]:

@@ -25,7 +25,7 @@ from sambay.model.weights import DTYPES, INDEX_FILE, LENGTH_BYTES, WEIGHTS_FILE
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PIECE_BYTES = 32 << 20
+_PIECE_BYTES = 8 << 20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
