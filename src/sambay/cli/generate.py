@@ -2,7 +2,8 @@
 
 The continuation goes to standard output as it is produced, a line of speeds to standard error.
 Without --prompt and --prompt-file the prompt is read from standard input; of a file or of standard
-input one line break at the end is dropped.
+input one line break at the end is dropped. With --chat the prompt is one user's turn, written as
+the model's chat template says; a prompt is text in either case, never a control token.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import argparse
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sambay.cli.loading import LoadedModel, add_model_options, load, require_positive
 from sambay.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from sambay.generate.engine import Timings
     from sambay.generate.sampling import SamplingParams
     from sambay.generate.text import TextCompletion, TextGenerator
@@ -28,11 +28,13 @@ EXIT_INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `sambay generate`."""
     parser.add_argument(
-        "--model", required=True, metavar="PATH", help="a model folder or a training run directory"
-    )
+        "--model", required=True, metavar="PATH",
+        help="a model folder (native or official), a training run directory, or a checkpoint",
+    )  # fmt: skip
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     source.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file; - is stdin")
+    parser.add_argument("--chat", action="store_true", help="let the model answer the prompt")
     parser.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="at most N tokens (256)"
     )
@@ -63,16 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=int, default=1, metavar="N", help="continuations to write (1)"
     )
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of weights (float32)",
-    )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (auto)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (all)")
-    parser.add_argument(
         "--no-stream", action="store_true", help="print the text when it is complete"
     )
+    add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,15 +78,17 @@ def run(args: argparse.Namespace) -> int:
     """
     sampling = _sampling(args)
     prompt = _read_prompt(args)
-    generator = _load(args)
+    loaded = load(args, Path(args.model))
+    generator = loaded.generator
+    writer = _Writer(args, sampling, generator, *_prompt_and_stops(args, loaded, prompt))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
     interrupted = False
     try:
         if args.num_samples == 1 and not args.no_stream:
-            _stream(args, generator, prompt, sampling)
+            writer.stream()
         else:
-            _print_samples(args, generator, prompt, sampling)
+            writer.print_samples()
     except KeyboardInterrupt:
         interrupted = True
         print(flush=True)
@@ -101,11 +98,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
     """The checked settings; torch comes along, so not before `run`."""
-    for name in ("max_new_tokens", "num_samples", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option} is {value}; it must be at least 1")
+    require_positive(args, "max_new_tokens", "num_samples", "threads")
+    for name in ("system", "template"):
+        if getattr(args, name) is not None and not args.chat:
+            raise ConfigError(f"--{name} is for chats; add --chat or leave it out")
     if args.num_samples > 1 and args.temperature == 0:
         raise ConfigError(
             f"--num-samples {args.num_samples} with --temperature 0 would write one text "
@@ -157,72 +153,61 @@ def _read_text(file: str) -> str:
         ) from error
 
 
-def _load(args: argparse.Namespace) -> TextGenerator:
-    import torch
+def _prompt_and_stops(
+    args: argparse.Namespace, loaded: LoadedModel, prompt: str
+) -> tuple[str | list[int], frozenset[int]]:
+    """What the model gets to see, and the tokens that end its text."""
+    if not args.chat:
+        return prompt, loaded.end_ids
+    from sambay.hf.chat import Message
 
-    from sambay.data.tokenizer import Tokenizer
-    from sambay.generate import Engine, TextGenerator
-    from sambay.train.checkpoint import load_checkpoint_model
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    model, _, tokenizer_file = load_checkpoint_model(
-        Path(args.model), dtype=getattr(torch, args.dtype), device=_device(args.device)
-    )
-    return TextGenerator(Engine(model), Tokenizer.load(tokenizer_file))
+    chat_format = loaded.chat_format(args.template)
+    turns = [] if args.system is None else [Message("system", args.system)]
+    ids = chat_format.prompt([*turns, Message("user", prompt)])
+    return ids, loaded.end_ids | chat_format.turn_ends
 
 
-def _device(name: str) -> torch.device:
-    import torch
+class _Writer:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        sampling: SamplingParams,
+        generator: TextGenerator,
+        prompt: str | list[int],
+        stop_token_ids: frozenset[int],
+    ) -> None:
+        self.num_samples: int = args.num_samples
+        self.generator = generator
+        self.prompt = prompt
+        self.settings: dict[str, Any] = {
+            "max_new_tokens": args.max_new_tokens,
+            "sampling": sampling,
+            "stop": args.stop,
+            "stop_token_ids": stop_token_ids,
+        }
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name} is not a device; say cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices; use cpu"
+    def stream(self) -> None:
+        for piece in self.generator.stream(self.prompt, **self.settings):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+    def print_samples(self) -> None:
+        """Print samples in order, each as soon as it and all before it are complete."""
+        waiting: dict[int, str] = {}
+        num_printed = 0
+
+        def show(completion: TextCompletion) -> None:
+            nonlocal num_printed
+            waiting[completion.sample] = completion.text
+            while num_printed in waiting:
+                if self.num_samples > 1:
+                    print(f"--- sample {num_printed + 1} of {self.num_samples} ---")
+                print(waiting.pop(num_printed), flush=True)
+                num_printed += 1
+
+        self.generator.generate(
+            [self.prompt], num_samples=self.num_samples, on_finished=show, **self.settings
         )
-    return device
-
-
-def _stream(
-    args: argparse.Namespace, generator: TextGenerator, prompt: str, sampling: SamplingParams
-) -> None:
-    pieces = generator.stream(
-        prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, stop=args.stop
-    )
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
-
-
-def _print_samples(
-    args: argparse.Namespace, generator: TextGenerator, prompt: str, sampling: SamplingParams
-) -> None:
-    """Print samples in order, each as soon as it and all before it are complete."""
-    waiting: dict[int, str] = {}
-    num_printed = 0
-
-    def show(completion: TextCompletion) -> None:
-        nonlocal num_printed
-        waiting[completion.sample] = completion.text
-        while num_printed in waiting:
-            if args.num_samples > 1:
-                print(f"--- sample {num_printed + 1} of {args.num_samples} ---")
-            print(waiting.pop(num_printed), flush=True)
-            num_printed += 1
-
-    generator.generate(
-        [prompt],
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        stop=args.stop,
-        num_samples=args.num_samples,
-        on_finished=show,
-    )
 
 
 def _summary(timings: Timings) -> str:

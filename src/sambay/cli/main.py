@@ -20,6 +20,7 @@ COMMANDS = {
     "prepare": "turn files of text into token shards with a tokenizer",
     "train": "train a model by a recipe; continues where an earlier run stopped",
     "generate": "let a trained model continue a prompt",
+    "chat": "talk with a model in the terminal",
     "convert": "turn a model from one file format into another",
     "init": "write a model folder with random weights, of any size, to try things with",
     "doctor": "show versions, devices and which implementation of each operation is available",

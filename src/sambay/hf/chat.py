@@ -59,7 +59,7 @@ class ChatFormat:
     """Encodes conversations for a tokenizer.
 
     Attributes:
-        turn_end: the control token behind an answer, if the template writes one.
+        turn_ends: the control token behind an answer, if the template writes one.
 
     Raises:
         ConfigError: the tokenizer lacks a token that the template needs.
@@ -81,7 +81,7 @@ class ChatFormat:
         edges = sorted({edge for name in names for edge in (name[0], name[-1])})
         self._edges = edges
         self._maskable = re.compile("|".join(map(re.escape, (*marks, *edges))) or r"(?!)")
-        self.turn_end = self._find_turn_end()
+        self.turn_ends = self._find_turn_ends()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, up to where the model's next answer begins.
@@ -169,16 +169,16 @@ class ChatFormat:
         ]
         return self.template.render(turns, continues)
 
-    def _find_turn_end(self) -> int | None:
+    def _find_turn_ends(self) -> frozenset[int]:
         mark = chr(_FIRST_PRIVATE)
         try:
             text = self.template.render(
                 [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], False
             )
         except ConfigError:
-            return None  # the first prompt will say why
+            return frozenset()  # the first prompt will say why
         found = self._names.search(text.rpartition(mark)[2])
-        return None if found is None else self.controls[found[0]].id
+        return frozenset() if found is None else frozenset({self.controls[found[0]].id})
 
 
 def find_template(folders: Sequence[Path], choice: str | None = None) -> Template:
