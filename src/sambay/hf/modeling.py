@@ -103,7 +103,7 @@ class SambaYModel(SambaYPreTrainedModel):
         assert source is not None
         offset = self._columns_seen(past_key_values, attention_mask, source.shape[1])
         columns = read_columns(source, attention_mask, position_ids, offset, past_key_values)
-        if columns.order is not None and keep != 1:
+        if keep is not None and keep > (1 if columns.order is not None else source.shape[1]):
             keep = None
         x = self.embedding(columns.source) if inputs_embeds is None else columns.source
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -213,7 +213,7 @@ class SambaYForCausalLM(SambaYPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            keep=count or None,
+            keep=count if count > 0 else None,
             return_dict=True,
             **{name: value for name, value in kwargs.items() if name == "output_attentions"},
         )
