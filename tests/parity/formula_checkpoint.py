@@ -115,8 +115,10 @@ def fill(name: str, shape: tuple[int, ...], salt: str = "") -> np.ndarray[Any, A
         return (64 + k) / 128
     if last[-1] == "bias":
         return centred / 4
-    if last[-1].startswith("lambda") or last[0] in ("embed_tokens", "lm_head"):
+    if last[-1].startswith("lambda"):
         return centred / 2
+    if last[0] in ("embed_tokens", "lm_head"):  # small, or the last token would predict itself
+        return centred / 8
     fan_in = shape[-1]
     exponent = 0
     while 4 ** (exponent + 1) <= fan_in:

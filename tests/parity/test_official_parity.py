@@ -20,7 +20,7 @@ from tests.parity import float64_reference as reference
 from tests.parity import formula_checkpoint as formula
 
 LIMIT = 1e-5
-DIFFERENT = 1e-2  # what any mistake must exceed to be told from rounding
+DIFFERENT = 0.03  # what any mistake must exceed; bfloat16 stays around it, float32 far below
 TOKENS = [17, 3, 3, 60, 41, 0, 25, 9, 33, 58, 7, 12, 44, 2, 19, 5, 50]
 
 CONFIGS: dict[str, dict[str, Any]] = {
