@@ -35,7 +35,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 2 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_NAMES = 8
 _PICKLED = ("*.bin", "*.pth", "*.pt", "*.ckpt")
