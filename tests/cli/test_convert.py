@@ -151,6 +151,38 @@ def test_archscale_to_official_needs_folding(
         assert tensors["model.blocks.0.mixer.A_log"].element_size() == 4
 
 
+def test_a_standard_run_becomes_official_without_folding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.tiny_model(
+        "sambay+da", dtype=torch.float32, parametrization="standard", norm="layer",
+        attention_bias=True, num_heads=6, num_kv_heads=2,
+    )  # fmt: skip
+    theirs = archscale_names(model)
+    torch.save(theirs, tmp_path / "x.pth")
+    arguments = ("--to", "official", "--parametrization", "standard", "--window", 5)
+    code, out, _ = run(capsys, tmp_path / "x.pth", tmp_path / "official", *arguments)
+    assert code == 0
+    assert "folding" not in out
+    stored = load_file(tmp_path / "official" / "model.safetensors")
+    assert len(stored) == len(theirs) - 1  # the head is the embedding
+    for part in ("weight", "bias"):
+        grouped = theirs[f"transformer.h.1.attn.attn.{part}"].unflatten(0, (2, 3 + 2, 6))
+        queries, keys, values = grouped[:, :3], grouped[:, 3], grouped[:, 4]
+        rows = [queries.flatten(0, 2), keys.flatten(0, 1), values.flatten(0, 1)]
+        assert torch.equal(stored[f"model.layers.1.attn.Wqkv.{part}"], torch.cat(rows))
+    renamed = {
+        "model.layers.7.attn.Wqkv.weight": "transformer.h.7.attn.attn.weight",
+        "model.layers.6.attn.in_proj.weight": "transformer.h.6.attn.gmu.in_proj.weight",
+        "model.layers.0.attn.conv1d.weight": "transformer.h.0.attn.conv1d.weight",
+        "model.layers.3.attn.inner_cross_attn.subln.weight": "transformer.h.3.attn.da.subln.weight",
+        "model.layers.5.mlp.fc1.weight": "transformer.h.5.mlp.w1.weight",
+        "model.final_layernorm.bias": "transformer.ln_f.bias",
+    }
+    for official_name, archscale_name in renamed.items():
+        assert torch.equal(stored[official_name], theirs[archscale_name]), official_name
+
+
 def test_rounding_that_the_official_format_brings_is_told(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -210,6 +210,15 @@ def test_settings_that_contradict_the_tensors(
         archscale.load(sambay[0], Settings(**(GIVEN | given)))
 
 
+@pytest.mark.parametrize("given", [{"window": 5}, {"memory_source": "mamba"}])
+def test_settings_no_layer_has(given: dict[str, Any], tmp_path: Path) -> None:
+    tensors = archscale_names(tiny.tiny_model("transformer++", dtype=torch.float32))
+    path = saved(tmp_path / "x.pth", tensors)
+    settings = GIVEN | {"window": None, "rope_base": 0.0, "layer_pattern": "8xF"} | given
+    with pytest.raises(ConfigError, match=r"^--\S+: no layer of .* has one \(8xF\); leave it out"):
+        archscale.load(path, Settings(**settings))
+
+
 def test_full_attention_everywhere_needs_the_pattern(tmp_path: Path) -> None:
     tensors = archscale_names(tiny.tiny_model("transformer-ls", dtype=torch.float32))
     path = saved(tmp_path / "x.pth", tensors)

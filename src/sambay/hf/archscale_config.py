@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sambay.errors import CheckpointMismatch, ConfigError
-from sambay.spec import MemorySource, ModelConfig, Parametrization, parse_pattern
+from sambay.spec import MemorySource, ModelConfig, Parametrization, format_pattern, parse_pattern
 
 LAYER = "transformer.h.{}."
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -88,6 +88,15 @@ class Shapes:
             if not ("M" in self.kinds and {"C", "G"} & set(self.kinds)):
                 need("rope_base", "0 means no positions, 10000 is usual")
         heads = self._heads(settings, missing)
+        for field, unused in (
+            ("window", "S" not in pattern),
+            ("memory_source", "G" not in pattern),
+        ):
+            if pattern and unused and getattr(settings, field) is not None:
+                raise ConfigError(
+                    f"--{field.replace('_', '-')}: no layer of {self.path} has one "
+                    f"({format_pattern(pattern)}); leave it out"
+                )
         if missing:
             options = ", ".join(
                 f"--{field.replace('_', '-')}" + (f" ({hint})" if hint else "")
