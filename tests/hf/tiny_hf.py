@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -85,10 +85,19 @@ def padded(rows: list[Tensor], side: str, columns: int | None = None) -> tuple[T
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One word per id: w2, w3, ..."""
-    vocabulary = {"<pad>": PAD, "<eos>": EOS} | {f"w{index}": index for index in range(2, VOCAB)}
-    inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """One word per id: w2, w3, ..., each with the space before it."""
+    words = {f"\u0120w{index}": index for index in range(2, VOCAB)}  # a byte-level space
+    inner = tokenizers.Tokenizer(
+        models.WordLevel({"<pad>": PAD, "<eos>": EOS} | words, unk_token="<pad>")
+    )
+    inner.normalizer = normalizers.Prepend(" ")
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(r" ?\S+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
