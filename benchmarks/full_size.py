@@ -11,6 +11,7 @@ of its own; a folder that is there already is not written again. Peak memory is 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -92,11 +93,12 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     measured: dict[str, Any] = {
         f"prompt_{length}": continue_prompt(model, length) for length in PROMPTS
     }
+    measured["floor_seconds_per_token"] = read_seconds(model)
     measured["operations"] = {
         "decode": operations(lambda: continue_prompt(model, 1)),
         "prefill": operations(lambda: continue_prompt(model, PROMPTS[0], new_tokens=1)),
     }
-    measured["linear_ms"] = linear_times()
+    measured["linear_bytes_per_second"] = linear_rates()
     measured["peak_bytes_of_process"] = peak_bytes()
     return measured
 
@@ -143,6 +145,22 @@ def continue_prompt(
     }
 
 
+def read_seconds(model: LanguageModel) -> float:
+    """Seconds to read every weight once with all threads, which each decoded token must at least.
+
+    Measured by summing the largest tensors, the best of three.
+    """
+    tensors = sorted(stored_tensors(model).values(), key=lambda tensor: -tensor.nbytes)
+    sample = [tensor.detach().view(-1).view(torch.float32) for tensor in tensors[1:9]]
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for tensor in sample:
+            tensor.sum()  # of the bits: reads like any sum, and means nothing
+        times.append(time.perf_counter() - began)
+    return min(times) * sum(t.nbytes for t in tensors) / sum(t.nbytes for t in sample)
+
+
 def operations(call: Callable[[], object]) -> list[dict[str, Any]]:
     """The operations that take most of the processor, by their own time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -162,22 +180,36 @@ def operations(call: Callable[[], object]) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def linear_times() -> dict[str, dict[str, float]]:
-    """Milliseconds of the largest projection of a layer by dtype and rows, best of five."""
+def linear_rates() -> dict[str, Any]:
+    """How fast one thread reads the weights of a large projection, by dtype and rows.
+
+    In bytes per second of processor time, best of nine, which other programs disturb less than wall
+    time; beside it the rate of a plain sum, which only reads.
+    """
     config = presets.phi4_mini_flash()
-    measured: dict[str, dict[str, float]] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    plain = torch.ones(64 << 20)
+    rates: dict[str, Any] = {"sum": plain.nbytes / processor_seconds(plain.sum)}
     for dtype in (torch.bfloat16, torch.float32):
         weight = torch.randn(2 * config.intermediate_size, config.hidden_size).to(dtype)
-        entry = measured[str(dtype).removeprefix("torch.")] = {}
-        for rows in (1, 8, 64, 512):
+        entry = rates[str(dtype).removeprefix("torch.")] = {}
+        for rows in (1, 8, 64):
             x = torch.randn(rows, config.hidden_size).to(dtype)
-            times = []
-            for _ in range(5):
-                began = time.perf_counter()
-                torch.nn.functional.linear(x, weight)
-                times.append(time.perf_counter() - began)
-            entry[f"rows_{rows}"] = min(times) * 1e3
-    return measured
+            linear = functools.partial(torch.nn.functional.linear, x, weight)
+            entry[f"rows_{rows}"] = weight.nbytes / processor_seconds(linear)
+    torch.set_num_threads(threads)
+    return rates
+
+
+def processor_seconds(call: Callable[[], object]) -> float:
+    """Processor time of this thread for a call, the best of nine."""
+    times = []
+    for _ in range(9):
+        began = time.thread_time()
+        call()
+        times.append(time.thread_time() - began)
+    return min(times)
 
 
 def peak_bytes() -> int:
