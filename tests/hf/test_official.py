@@ -359,6 +359,17 @@ def test_loading_explains_what_is_no_model(
         assert "\n" not in str(caught.value)
 
 
+def test_a_download_cache_is_resolved_for_the_user(folder: Path, tmp_path: Path) -> None:
+    """Its files are links; the snapshot itself loads."""
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    with pytest.raises(CheckpointMismatch, match=r"is a download cache; give .*snapshots/0123$"):
+        loading.load_model(snapshot.parent.parent)
+    assert loading.load_model(snapshot).config == tiny_official()
+
+
 def test_loading_a_file(folder: Path) -> None:
     with pytest.raises(CheckpointMismatch, match="is a file; give the folder that holds it"):
         loading.load_model(folder / "model.safetensors")

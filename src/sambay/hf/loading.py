@@ -67,11 +67,18 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
         )
     if not (folder / CONFIG_FILE).exists():
-        what = "has no config.json" if any(folder.iterdir()) else "is empty"
-        raise CheckpointMismatch(f"{folder} {what}; give a folder with config.json and weights")
+        raise CheckpointMismatch(f"{folder} {_why_no_config(folder)}")
     values = read_json_object(folder / CONFIG_FILE)
     kind = values.get("model_type")
     if kind not in (MODEL_TYPE, official.MODEL_TYPE):
         reason = official.other_model_type(kind)
         raise CheckpointMismatch(f"{folder / CONFIG_FILE}: {reason}")
     return values
+
+
+def _why_no_config(folder: Path) -> str:
+    downloaded = sorted((folder / "snapshots").glob(f"*/{CONFIG_FILE}"))
+    if downloaded:  # the cache of the Hugging Face Hub has its folders below the one of the model
+        return f"is a download cache; give {downloaded[-1].parent}"
+    what = "has no config.json" if any(folder.iterdir()) else "is empty"
+    return f"{what}; give a folder with config.json and weights"
