@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,12 @@ pytest.importorskip("tokenizers")
 
 from sambay.cli.main import main
 from sambay.data.tokenizer import Tokenizer
-from sambay.generate import Engine, SamplingParams, TextGenerator
+from sambay.generate import Engine, Request, SamplingParams, TextGenerator
+from sambay.hf.loading import load_model
 from sambay.model.folder import load_model_folder, save_model_folder
 from tests import tiny
+from tests.cli.models import END_IDS, write_official
+from tests.hf import gpt4o
 
 PROMPT = "def naïve(猫):"
 
@@ -156,6 +161,72 @@ def test_a_tokenizer_of_another_model_is_refused(
     code, _, err = run(capsys, "--model", tmp_path / "small", "--prompt", "x")
     assert code == 2
     assert "use the tokenizer that belongs to the model" in err
+
+
+@pytest.fixture(scope="module")
+def official_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_official(tmp_path_factory.mktemp("generate") / "official")
+
+
+def test_an_official_folder_answers_a_chat(
+    official_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ids that the model sees are those of the template, and its end tokens end the text."""
+    fixed = ("--model", official_folder, "--prompt", PROMPT, "--temperature", 0)
+    limit = ("--max-new-tokens", 12)
+    tokenizer = Tokenizer.load(official_folder)
+    engine = Engine(load_model(official_folder))
+    controls = gpt4o.CONTROLS
+    start, end, answer = (controls[name] for name in ("<|user|>", "<|end|>", "<|assistant|>"))
+
+    def greedy(ids: list[int]) -> str:
+        tokens = engine.generate([Request(ids, 12, stop_token_ids=END_IDS)])[0].tokens
+        return tokenizer.decode(token for token in tokens if token not in END_IDS) + "\n"
+
+    turn = [start, *tokenizer.encode(PROMPT), end, answer]
+    chatted = greedy(turn)
+    assert run(capsys, *fixed, *limit, "--chat")[:2] == (0, chatted)
+    assert run(capsys, *fixed, *limit, "--chat", "--no-stream")[:2] == (0, chatted)
+    assert run(capsys, *fixed, *limit)[:2] == (0, greedy(tokenizer.encode(PROMPT)))
+    system = [controls["<|system|>"], *tokenizer.encode("Be brief"), end]
+    briefly = run(capsys, *fixed, *limit, "--chat", "--system", "Be brief")[1]
+    assert briefly == greedy(system + turn)
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}<|tag|>")
+    tagged = run(capsys, *fixed, *limit, "--chat", "--template", tmp_path / "t.jinja")[1]
+    assert tagged == greedy([*turn[1:-2], controls["<|tag|>"]])
+    assert len({chatted, briefly, tagged}) == 3
+
+
+def test_end_tokens_come_from_the_folder(
+    official_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(official_folder, folder)
+    fixed = ("--model", folder, "--prompt", "x", "--temperature", 0, "--max-new-tokens", 12)
+    tokens = Engine(load_model(folder)).generate([Request(Tokenizer.load(folder).encode("x"), 12)])
+    ids = tokens[0].tokens
+    last = next(i for i in range(2, 12) if ids[i] not in ids[:i])  # a token new at its place
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [639, ids[last]]}))
+    code, out, err = run(capsys, *fixed)
+    assert (code, out) == (0, Tokenizer.load(folder).decode(ids[:last]) + "\n")
+    assert f"decode {last} tokens" in err
+
+
+@pytest.mark.parametrize("name", ["system", "template"])
+def test_options_of_chats_need_a_chat(
+    name: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "--model", model_folder, "--prompt", "x", f"--{name}", "phi4")
+    assert code == 2
+    assert f"--{name} is for chats; add --chat or leave it out" in err
+    code, _, err = run(capsys, "--model", model_folder, "--prompt", "x", "--chat")
+    assert code == 2
+    assert "no chat template" in err
+    code, _, err = run(
+        capsys, "--model", model_folder, "--prompt", "x", "--chat", "--template", "phi4"
+    )
+    assert code == 2
+    assert "needs the token '<|system|>'" in err
 
 
 def start(*arguments: object, encoding: str = "utf-8") -> subprocess.Popen[bytes]:
