@@ -108,9 +108,9 @@ def test_the_default_is_every_linear_layer_but_the_head(make: Any) -> None:
 
 def test_a_choice_that_cannot_work_says_what_can() -> None:
     config = tiny_config("sambay+da")
-    with pytest.raises(ConfigError, match="'gated_memroy' is no kind .*'gated_memory'"):
+    with pytest.raises(ConfigError, match=r"'gated_memroy' is no kind .*'gated_memory'"):
         target_modules(config, ["gated_memroy"])
-    with pytest.raises(ConfigError, match="mamba has no such module .*in_proj"):
+    with pytest.raises(ConfigError, match=r"mamba has no such module .*in_proj"):
         target_modules(config, ["mamba.in_prj"])
     with pytest.raises(ConfigError, match="empty"):
         target_modules(config, [])

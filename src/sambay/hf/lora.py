@@ -69,6 +69,11 @@ def target_modules(config: ModelConfig | HasModelConfig, kinds: Iterable[str] | 
     return rf"(?:.*\.)?blocks\.{_either(paths)}"
 
 
+def kinds_of(config: ModelConfig) -> tuple[str, ...]:
+    """The keys of `TARGETS` that a model has layers of."""
+    return tuple(_places(config))
+
+
 def _places(config: ModelConfig) -> dict[str, str]:
     """For every kind the model has, a pattern for the modules that hold its matrices."""
     indices: dict[str, list[str]] = {}

@@ -1,0 +1,87 @@
+"""Which matrices weight-only quantisation may replace, in the terms of transformers and torchao.
+
+Kept as they are: the head, which is the embedding in tied models (quantised on its own it would be
+a second copy); and what computes B, C and the time steps of a Mamba layer, 0.4 % of the weights of
+Phi-4-mini-flash, whose rounding would change what a state remembers. Parameters that are no
+matrices of a linear layer are never touched by torchao.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from sambay.errors import ConfigError
+from sambay.hf.lora import TARGETS, HasModelConfig, kinds_of, target_modules
+from sambay.spec import ModelConfig
+
+HEAD = "lm_head"
+_KEPT = ("mamba.x_proj", "mamba.dt_proj")
+
+
+def modules_to_not_convert(
+    config: ModelConfig | HasModelConfig, group_size: int | None = None
+) -> list[str]:
+    """For `TorchAoConfig(..., modules_to_not_convert=...)`: patterns of what stays as it is.
+
+    config: `AutoConfig.from_pretrained(folder)`, or that of the model.
+    group_size: how many weights of a row share a scale; layers whose rows it does not divide are
+        kept too, instead of failing. None for one scale per row.
+
+    Raises:
+        ConfigError: the group size divides no row of this model.
+    """
+    return [HEAD, *_patterns(config, group_size)]
+
+
+def filter_fn(
+    config: ModelConfig | HasModelConfig, group_size: int | None = None
+) -> Callable[[nn.Module, str], bool]:
+    """For `torchao.quantization.quantize_(model, ..., filter_fn=...)`: the same choice.
+
+    Raises:
+        ConfigError: the group size divides no row of this model.
+    """
+    kept = [re.compile(pattern) for pattern in _patterns(config, group_size)]
+
+    def quantises(module: nn.Module, name: str) -> bool:
+        inner = "blocks." in name and isinstance(module, nn.Linear)
+        return inner and not any(pattern.fullmatch(name) for pattern in kept)
+
+    return quantises
+
+
+def _patterns(config: ModelConfig | HasModelConfig, group_size: int | None) -> list[str]:
+    architecture = config if isinstance(config, ModelConfig) else config.model_config()
+    widths = _row_widths(architecture)
+    kept = [name for name in widths if name in _KEPT]
+    if group_size is not None:
+        kept += [name for name, width in widths.items() if name not in kept and width % group_size]
+    if len(kept) == len(widths):
+        rows = ", ".join(map(str, sorted(set(widths.values()))))
+        raise ConfigError(
+            f"group_size = {group_size} divides no row to quantise (rows of {rows} weights); "
+            "choose a size that does, such as 32"
+        )
+    return [target_modules(architecture, kept)] if kept else []
+
+
+def _row_widths(config: ModelConfig) -> dict[str, int]:
+    """The input width of every linear layer the model has, under "kind.module"."""
+    D, inner = config.hidden_size, config.d_inner
+    special = {
+        "mamba.x_proj": inner,
+        "mamba.dt_proj": config.dt_rank,
+        "mamba.out_proj": inner,
+        "attention.out_proj": config.attention_size,
+        "cross_attention.out_proj": config.attention_size,
+        "gated_memory.out_proj": config.memory_size,
+        "mlp.out_proj": config.intermediate_size,
+    }
+    return {
+        f"{kind}.{module}": special.get(f"{kind}.{module}", D)
+        for kind in kinds_of(config)
+        for module in TARGETS[kind]
+    }
