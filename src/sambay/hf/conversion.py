@@ -37,7 +37,7 @@ def register_official_names(model_type: str) -> None:
         model_type,
         [
             *(WeightRenaming(official, ours) for official, ours in _RENAMED.items()),
-            WeightConverter("attn.Wqkv", ["mixer.q_proj", "mixer.kv_proj"], [_SplitQueries()]),
+            _QuantisableSplit("attn.Wqkv", ["mixer.q_proj", "mixer.kv_proj"], [_SplitQueries()]),
             WeightConverter("attn.conv1d.weight", "mixer.conv_weight", [_DropMiddle()]),
             WeightConverter("attn.D", "mixer.D", [_Widen()]),
             WeightConverter("attn.dt_proj.bias", "mixer.dt_bias", [_Widen()]),
@@ -49,6 +49,30 @@ def register_official_names(model_type: str) -> None:
 def _single(tensors: dict[str, Any]) -> Tensor:
     (value,) = tensors.values()
     return value[0] if isinstance(value, list) else value
+
+
+class _QuantisableSplit(WeightConverter):
+    """Quantisation while loading takes one tensor and drops the others: give it one at a time."""
+
+    __slots__ = ()
+
+    def convert(self, layer_name: str, hf_quantizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        tensors = super().convert(layer_name, hf_quantizer=None, **kwargs)
+        if hf_quantizer is None or self.quantization_operation is None:
+            return tensors
+        info = kwargs.get("loading_info")
+        converted: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            converted |= self.quantization_operation.convert(
+                {name: tensor},
+                source_patterns=self.source_patterns,
+                target_patterns=self.target_patterns,
+                full_layer_name=name,
+                model=kwargs.get("model"),
+                config=kwargs.get("config"),
+                missing_keys=info.missing_keys if info else None,
+            )
+        return converted
 
 
 class _SplitQueries(ConversionOps):

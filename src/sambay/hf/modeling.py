@@ -6,15 +6,23 @@ Shape letters: B batch, T columns of this call, S columns so far, D hidden, V vo
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from sambay.errors import ConfigError
+from sambay.hf import preflight
 from sambay.hf.cache import columns_seen, layer_states
 from sambay.hf.columns import read_columns
 from sambay.hf.configuration import DecoderConfig, Phi4FlashConfig, SambaYConfig
@@ -43,6 +51,48 @@ class SambaYPreTrainedModel(PreTrainedModel):
         *Mamba.float32_parameters,
         *DifferentialMaps.float32_parameters,
     }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        config: Any = None,
+        use_safetensors: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model of a folder or repository; the files of a local folder are checked first.
+
+        Raises:
+            CheckpointMismatch: a config.json of another model type; tensors that are missing, left
+                over or of another shape (unless `ignore_mismatched_sizes`); files that are
+                incomplete; only pickled weights (unless `use_safetensors=False`).
+        """
+        folder = preflight.model_folder(pretrained_model_name_or_path, kwargs)
+        if folder is not None:
+            cls._check(folder, config, kwargs, pickled=use_safetensors is False)
+        return super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            use_safetensors=use_safetensors,
+            **kwargs,
+        )
+
+    @classmethod
+    def _check(cls, folder: Path, config: Any, kwargs: dict[str, Any], *, pickled: bool) -> None:
+        model_type = cls.config_class.model_type
+        if not isinstance(config, PreTrainedConfig):
+            source = folder if config is None else Path(config)
+            preflight.check_model_type(source, model_type)
+            config = cls.config_class.from_pretrained(source, **kwargs | {"subfolder": ""})
+        preflight.check_class(config.model_type, model_type)
+        if getattr(config, "quantization_config", None) or hasattr(config, "transformers_weights"):
+            return
+        weights = preflight.check_files(folder, pickled=pickled)
+        # A class with parameters of its own may add them to a folder that has none.
+        if weights is not None and cls in (SambaYForCausalLM, Phi4FlashForCausalLM):
+            preflight.check_tensors(weights, config.model_config(), model_type)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -245,6 +295,19 @@ class Phi4FlashForCausalLM(SambaYForCausalLM):
     """The class of the official checkpoints; loads and saves their tensor names."""
 
     config_class = Phi4FlashConfig
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write a folder under the official names.
+
+        Raises:
+            ConfigError: a quantised model; its parts cannot be joined to the official tensors.
+        """
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ConfigError(
+                "the official layout has no quantised form; convert the folder to the native one "
+                "(sambay convert), load that quantised and save it"
+            )
+        super().save_pretrained(*args, **kwargs)
 
 
 register_official_names(Phi4FlashConfig.model_type)
