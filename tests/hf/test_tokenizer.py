@@ -91,6 +91,18 @@ def test_control_tokens_behind_gaps_keep_their_numbers(at_home: bool, tmp_path: 
     assert tokenizer.decode([600, 601, 621, 635, *tokenizer.encode("ok")]) == "ok"
 
 
+def test_a_token_in_the_first_gap_keeps_its_number(tmp_path: Path) -> None:
+    """The one not in the vocabulary has the very number that its size suggests."""
+    values = gpt4o.definition({"<|endoftext|>": 600})
+    number = len(values["model"]["vocab"])
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": number, "content": "<|x|>"})
+    controls = control_tokens(load_tokenizer(gpt4o.write(tmp_path, values), tmp_path))
+    assert {name: token.id for name, token in controls.items()} == {
+        "<|endoftext|>": 600,
+        "<|x|>": number,
+    }
+
+
 def test_control_tokens_and_their_white_space(tmp_path: Path) -> None:
     values = gpt4o.definition(rstrip=("<|end|>",))
     values["added_tokens"].append(values["added_tokens"][0] | {"id": 631, "content": "    "})

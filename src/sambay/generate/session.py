@@ -91,11 +91,11 @@ class Session:
                     chunk_BT, cache=self._cache, outputs=outputs
                 )
             logits_BV = self.engine.model.logits(h_BTD)[:, -1]
+            self._held += tokens_T.tolist()
             complete = True
         finally:
             if not complete:  # some layers may have seen tokens that others have not
                 self.reset()
-        self._held += tokens_T.tolist()
         return logits_BV
 
     @torch.inference_mode()

@@ -103,8 +103,9 @@ def load_tokenizer(file: Path, model_folder: Path) -> Tokenizer:
         missing = {name: PHI4_TOKENS[name] for name in PHI4_TOKENS.keys() - added.keys()}
         definition["added_tokens"] += [_added_token(*item) for item in missing.items()]
         homeless |= missing
-    first = len(vocabulary)
-    if list(homeless.values()) == list(range(first, first + len(homeless))):
+    first = max(vocabulary.values(), default=-1) + 1
+    numbers = list(range(first, first + len(homeless)))
+    if not homeless or (first == len(vocabulary) and list(homeless.values()) == numbers):
         return Tokenizer.load(file, eos_token)
     vocabulary |= homeless
     return Tokenizer(json.dumps(definition), eos_token)
