@@ -81,13 +81,17 @@ class SambaYPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _check(cls, folder: Path, config: Any, kwargs: dict[str, Any], *, pickled: bool) -> None:
+        assert cls.config_class is not None, "every class here has one"
         model_type = cls.config_class.model_type
         if not isinstance(config, PreTrainedConfig):
             source = folder if config is None else Path(config)
             preflight.check_model_type(source, model_type)
-            config = cls.config_class.from_pretrained(source, **kwargs | {"subfolder": ""})
+            options: dict[str, Any] = kwargs | {"subfolder": ""}
+            config = cls.config_class.from_pretrained(source, **options)
         preflight.check_class(config.model_type, model_type)
-        if getattr(config, "quantization_config", None) or hasattr(config, "transformers_weights"):
+        if getattr(config, "quantization_config", None) or getattr(
+            config, "transformers_weights", None
+        ):
             return
         weights = preflight.check_files(folder, pickled=pickled)
         # A class with parameters of its own may add them to a folder that has none.
@@ -147,12 +151,13 @@ class SambaYModel(SambaYPreTrainedModel):
         self._refuse(input_ids, inputs_embeds, kwargs)
         output_hidden_states = _chosen(output_hidden_states, self.config.output_hidden_states)
         wants_cache = _chosen(use_cache, self.config.use_cache)
-        if past_key_values is None and wants_cache and not self._trains():
-            past_key_values = DynamicCache(config=self.config)
         source = input_ids if inputs_embeds is None else inputs_embeds
         assert source is not None
         offset = self._columns_seen(past_key_values, attention_mask, source.shape[1])
         columns = read_columns(source, attention_mask, position_ids, offset, past_key_values)
+        packed = columns.context.segments is not None  # nobody continues several documents at once
+        if past_key_values is None and wants_cache and not packed and not self._trains():
+            past_key_values = DynamicCache(config=self.config)
         if keep is not None and keep > (1 if columns.order is not None else source.shape[1]):
             keep = None
         x = self.embedding(columns.source) if inputs_embeds is None else columns.source
