@@ -20,7 +20,14 @@ from sambay.errors import CheckpointMismatch, ConfigError
 from sambay.files import write_json
 from sambay.hf import key_map
 from sambay.hf.key_map import Rule
-from sambay.hf.official_config import MODEL_TYPE, describe, extend, other_model_type, parse
+from sambay.hf.official_config import (
+    ARCHITECTURE,
+    MODEL_TYPE,
+    describe,
+    extend,
+    other_model_type,
+    parse,
+)
 from sambay.model import LanguageModel
 from sambay.model.fit import explain_misfit
 from sambay.model.folder import (
@@ -34,11 +41,12 @@ from sambay.model.folder import (
     stored_tensors,
 )
 from sambay.model.publish import publish_folder
-from sambay.model.weights import open_folder
+from sambay.model.weights import Weights, open_folder
 from sambay.model.weights_writer import DEFAULT_SHARD_BYTES, TensorPlan, write_folder
 from sambay.spec import ModelConfig
 
 __all__ = [
+    "ARCHITECTURE",
     "MODEL_TYPE",
     "describe",
     "load",
@@ -46,6 +54,7 @@ __all__ = [
     "parse",
     "plan_tensors",
     "read",
+    "require_tensors",
     "save",
 ]
 
@@ -80,13 +89,9 @@ def load(
     weights = open_folder(folder)
     model = meta_model(config, dtype)
     wanted = stored_tensors(model)
-    table = key_map.rules(config)
-    weights.require(
-        {rule.official: rule.shape(*(wanted[name].shape for name in rule.ours)) for rule in table},
-        lambda: _explain(config, weights.shapes),
-    )
+    require_tensors(weights, config, wanted)
     values = allocate(wanted, device)
-    for rule in table:
+    for rule in key_map.rules(config):
         first = 0
         for name in rule.ours:
             weights.fill(rule.official, values[name], first=first)
@@ -129,6 +134,21 @@ def save(
         for name in TOKENIZER_FILES:
             if tokenizer_folder is not None and (tokenizer_folder / name).exists():
                 shutil.copyfile(tokenizer_folder / name, new / name)
+
+
+def require_tensors(weights: Weights, config: ModelConfig, wanted: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of official files with those of a model, given under our names.
+
+    Raises:
+        CheckpointMismatch: names what is missing, left over or misshapen, and what would fit.
+    """
+    weights.require(
+        {
+            rule.official: rule.shape(*(wanted[name].shape for name in rule.ours))
+            for rule in key_map.rules(config)
+        },
+        lambda: _explain(config, weights.shapes),
+    )
 
 
 def plan_tensors(

@@ -220,6 +220,27 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def require_tensors(
+    weights: Weights, config: ModelConfig, wanted: Mapping[str, Tensor], *, prefixed: bool = True
+) -> None:
+    """Compare the tensors of a file with those of a model, given as `stored_tensors` does.
+
+    prefixed: whether the file has the names of a native folder, or those of `state_dict`.
+
+    Raises:
+        CheckpointMismatch: names what is missing, left over or misshapen, and what would fit.
+    """
+    weights.require(
+        {
+            stored_name(name) if prefixed else name: tuple(tensor.shape)
+            for name, tensor in wanted.items()
+        },
+        lambda: explain_misfit(
+            config, {own_name(name): shape for name, shape in weights.shapes.items()}
+        ),
+    )
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file.
 
@@ -309,12 +330,7 @@ def _build(
     model = meta_model(config, dtype)
     wanted = stored_tensors(model)
     names = {name: stored_name(name) if prefixed else name for name in wanted}
-    weights.require(
-        {names[name]: tuple(tensor.shape) for name, tensor in wanted.items()},
-        lambda: explain_misfit(
-            config, {own_name(name): shape for name, shape in weights.shapes.items()}
-        ),
-    )
+    require_tensors(weights, config, wanted, prefixed=prefixed)
     values = allocate(wanted, device)
     for name, value in values.items():
         weights.fill(names[name], value)
