@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicLayer
 
 from sambay.errors import ConfigError
 from sambay.layers.context import BatchContext
@@ -69,12 +69,46 @@ class AttentionLayer(LayerState):
                     f"past_key_values: column {end} does not fit a static cache of {room}; "
                     "give it a larger max_cache_len"
                 )
-        keys, values = self.cache.update(keys, values, self.index)
+        if type(layer) is DynamicLayer and layer.is_initialized and _may_grow(self.cache):
+            keys, values = _grow(layer, keys, values)
+        else:
+            keys, values = self.cache.update(keys, values, self.index)
         keys, values = keys[:, :, :end], values[:, :, :end]  # static buffers come back whole
         first = end - keys.shape[2]
         if context.starts is None or context.max_start <= first:
             return keys, values, None
         return keys, values, context.starts - first
+
+
+def _may_grow(cache: Cache) -> bool:
+    return not torch.is_grad_enabled() and not getattr(cache, "offloading", False)
+
+
+def _grow(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Append to a dynamic layer without copying what it holds at every step.
+
+    `layer.keys` and `layer.values` become views of roomier buffers that are kept beside them.
+    Whenever somebody has put other tensors there (beam search does), new buffers are made.
+    """
+    rooms = layer.__dict__.setdefault("_rooms", {})
+    for name, new in (("keys", keys), ("values", values)):
+        old, (room, end) = getattr(layer, name), rooms.get(name, (None, 0))
+        T, length = new.shape[2], old.shape[2]
+        if (
+            room is None
+            or room.data_ptr() != old.data_ptr()
+            or room.stride() != old.stride()
+            or end != length
+            or room.shape[2] < length + T
+            or (room.is_inference() and not torch.is_inference_mode_enabled())
+        ):
+            B, K, _, P = old.shape
+            room = old.new_empty(B, K, length + T + max(length // 4, 64), P)
+            room[:, :, :length] = old
+        room[:, :, length : length + T] = new
+        rooms[name] = (room, length + T)
+        setattr(layer, name, room[:, :, : length + T])
+    return layer.keys, layer.values
 
 
 def columns_seen(cache: Cache | None, layers: Sequence[LayerSpec]) -> int:

@@ -115,13 +115,15 @@ class SambaYConfig(DecoderConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name, None) for name in _DERIVED}
         kwargs.pop("format_version", None)
-        super().__post_init__(**kwargs)
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, alias, kwargs.pop(alias))
         if self.attention_scale is None:
             self.attention_scale = self.head_dim**-0.5
         if self.dt_rank == "auto":
             self.dt_rank = 0
         if isinstance(self.window, list):
             self.window = _only_window(self.window)
+        super().__post_init__(**kwargs)
         config = self.model_config()
         for name in _MODEL_FIELDS:  # defaults resolved, enumerations as text
             value = getattr(config, name)

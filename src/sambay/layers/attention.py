@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.precision import Float32Parameters
+from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
 from sambay.layers.rope import make_position
 from sambay.layers.state import KVState, LayerState
@@ -104,7 +105,7 @@ class CrossAttention(nn.Module):
         self.q_proj = nn.Linear(D, size, bias=config.attention_bias)
         self.maps = _MAPS[config.attention_variant](config, layer)
         self.position = make_position(config)
-        self.out_proj = nn.Linear(size, D, bias=config.attention_bias)
+        self.out_proj = ResidualProjection(size, D, bias=config.attention_bias)
 
     def forward(
         self, x_BTD: Tensor, context: BatchContext, shared: SharedStates, state: LayerState | None

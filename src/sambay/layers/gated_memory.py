@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
+from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
 from sambay.layers.state import LayerState
 from sambay.spec import LayerSpec, ModelConfig
@@ -21,7 +22,7 @@ class GatedMemoryUnit(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
         self.in_proj = nn.Linear(config.hidden_size, config.memory_size, bias=False)
-        self.out_proj = nn.Linear(config.memory_size, config.hidden_size, bias=False)
+        self.out_proj = ResidualProjection(config.memory_size, config.hidden_size, bias=False)
 
     def forward(
         self, x_BTD: Tensor, context: BatchContext, shared: SharedStates, state: LayerState | None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.precision import Float32Parameters
+from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
 from sambay.layers.state import MambaState
 from sambay.ops.causal_conv import causal_conv, causal_conv_step
@@ -51,7 +52,7 @@ class Mamba(Float32Parameters):
         self.dt_bias = nn.Parameter(torch.empty(E))
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))
-        self.out_proj = nn.Linear(E, D, bias=False)
+        self.out_proj = ResidualProjection(E, D, bias=False)
         self.splits = (R, N, N)
         self.publishes_memory = layer.publishes_memory is MemorySource.MAMBA
 

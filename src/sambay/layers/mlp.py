@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import SharedStates
+from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
 
@@ -20,7 +21,7 @@ class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
         self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.out_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
         self.publishes_memory = layer.publishes_memory is MemorySource.MLP
 
     def forward(self, x_BTD: Tensor, shared: SharedStates) -> tuple[Tensor, SharedStates]:

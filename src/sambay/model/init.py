@@ -30,12 +30,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor, nn
 
-from sambay.layers.attention import CrossAttention, DifferentialMaps
-from sambay.layers.gated_memory import GatedMemoryUnit
+from sambay.layers.attention import DifferentialMaps
 from sambay.layers.mamba import Mamba
-from sambay.layers.mlp import SwiGLU
 from sambay.layers.norm import LayerNorm, RMSNorm
-from sambay.spec import InitScheme
+from sambay.layers.projection import ResidualProjection
+from sambay.spec import InitScheme, ModelConfig
 
 if TYPE_CHECKING:
     from sambay.model.model import LanguageModel
@@ -85,44 +84,55 @@ def value_makers(
 
 
 def _fills(model: LanguageModel, scheme: InitScheme) -> dict[int, Fill]:
-    """How to fill each parameter, by its identity; outer modules speak before inner ones."""
-    fills: dict[int, Fill] = {}
+    """How to fill each parameter, by its identity."""
+    fills = {
+        id(parameter): fill
+        for module in model.modules()
+        for parameter, fill in module_fills(module, model.config, scheme)
+    }
+    fills[id(model.head.weight)] = head_fill(scheme)
+    fills[id(model.embedding.weight)] = embedding_fill(model.config)  # also of a tied head
+    return fills
 
-    def put(parameter: Tensor | None, fill: Fill) -> None:
-        if parameter is not None:
-            fills.setdefault(id(parameter), fill)
 
-    config = model.config
+def embedding_fill(config: ModelConfig) -> Fill:
+    """How the embedding is filled, under every scheme."""
+    return _normal(0.02 if config.tie_embeddings else 1e-4)
+
+
+def head_fill(scheme: InitScheme) -> Fill:
+    """How a head is filled that is not the embedding."""
+    return _normal(0.02) if scheme is InitScheme.STANDARD else _constant(0.0)
+
+
+def module_fills(
+    module: nn.Module, config: ModelConfig, scheme: InitScheme
+) -> list[tuple[Tensor, Fill]]:
+    """How the parameters are filled that a module itself holds; none for what is inside it."""
     mup = scheme is not InitScheme.STANDARD
     divided = not mup or (scheme is InitScheme.MUP_RELEASED and config.tie_embeddings)
     into_residual = 1 / math.sqrt(2 * config.num_layers) if divided else 1.0
-
-    put(model.embedding.weight, _normal(0.02 if config.tie_embeddings else 1e-4))
-    put(model.head.weight, _constant(0.0) if mup else _normal(0.02))
-    for module in model.modules():
-        match module:
-            case SwiGLU() | GatedMemoryUnit() | CrossAttention():
-                put(module.out_proj.weight, _matrix(scheme, into_residual))
-            case Mamba():
-                put(module.out_proj.weight, _matrix(scheme, into_residual))
-                put(module.conv_weight, _uniform(config.d_conv))
-                put(module.conv_bias, _uniform(config.d_conv))
-                put(module.dt_bias, _time_step_bias)
-                put(module.A_log, _s4d_real)
-                put(module.D, _constant(1.0))
-            case DifferentialMaps():
-                for name in module.float32_parameters:
-                    put(getattr(module, name), _normal(0.1))
-                put(module.norm_weight, _constant(1.0))
-            case nn.Linear():
-                put(module.weight, _matrix(scheme, 1.0))
-                put(module.bias, _constant(0.0))
-            case RMSNorm():
-                put(module.weight, _constant(1.0))
-            case LayerNorm():
-                put(module.weight, _constant(1.0))
-                put(module.bias, _constant(0.0))
-    return fills
+    fills: list[tuple[Tensor | None, Fill]] = []
+    match module:
+        case Mamba():
+            fills = [
+                (module.conv_weight, _uniform(config.d_conv)),
+                (module.conv_bias, _uniform(config.d_conv)),
+                (module.dt_bias, _time_step_bias),
+                (module.A_log, _s4d_real),
+                (module.D, _constant(1.0)),
+            ]
+        case DifferentialMaps():
+            fills = [(getattr(module, name), _normal(0.1)) for name in module.float32_parameters]
+            fills.append((module.norm_weight, _constant(1.0)))
+        case nn.Linear():
+            factor = into_residual if isinstance(module, ResidualProjection) else 1.0
+            fills = [(module.weight, _matrix(scheme, factor)), (module.bias, _constant(0.0))]
+        case RMSNorm():
+            fills = [(module.weight, _constant(1.0))]
+        case LayerNorm():
+            fills = [(module.weight, _constant(1.0)), (module.bias, _constant(0.0))]
+    return [(parameter, fill) for parameter, fill in fills if parameter is not None]
 
 
 def _matrix(scheme: InitScheme, factor: float) -> Fill:
