@@ -34,7 +34,8 @@ from sambay.layers.norm import make_norm
 from sambay.layers.state import LayerState
 from sambay.model.block import Block
 from sambay.model.decoder import call_block, run_blocks
-from sambay.spec import prefill_split
+from sambay.model.init import embedding_fill, head_fill, module_fills
+from sambay.spec import InitScheme, prefill_split
 
 
 class SambaYPreTrainedModel(PreTrainedModel):
@@ -97,6 +98,25 @@ class SambaYPreTrainedModel(PreTrainedModel):
         # A class with parameters of its own may add them to a folder that has none.
         if weights is not None and cls in (SambaYForCausalLM, Phi4FlashForCausalLM):
             preflight.check_tensors(weights, config.model_config(), model_type)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill the parameters of one module that no checkpoint has filled.
+
+        The rules are those of `sambay.model.init` under the configured scheme; the numbers come
+        from torch's global generator, as everywhere in transformers.
+        """
+        config, scheme = self.config.model_config(), InitScheme(self.config.init_scheme)
+        fills = module_fills(module, config, scheme)
+        if isinstance(module, nn.Linear) and module is self.get_output_embeddings():
+            fills = [(module.weight, head_fill(scheme))]
+        elif isinstance(module, nn.Embedding):
+            fills = [(module.weight, embedding_fill(config))]
+        for parameter, fill in fills:
+            if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
+                value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                fill(value, torch.default_generator)
+                parameter.copy_(value)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
