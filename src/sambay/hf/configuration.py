@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from sambay.errors import ConfigError, MissingPackage
 from sambay.hf import official
-from sambay.spec import LayerKind, LayerSpec, ModelConfig, presets
+from sambay.model.folder import layer_types, refuse_misspelt
+from sambay.spec import LayerSpec, ModelConfig, presets
 
 try:
     from transformers import PreTrainedConfig
@@ -20,13 +21,6 @@ except ModuleNotFoundError as error:
 _DEFAULTS = presets.build("sambay", 16)
 _MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 _DERIVED = ("num_hidden_layers", "num_layers", "layer_types")
-_LAYER_TYPES = {
-    LayerKind.MAMBA: "linear_attention",
-    LayerKind.SLIDING: "sliding_attention",
-    LayerKind.FULL: "full_attention",
-    LayerKind.GATED_MEMORY: "linear_attention",
-    LayerKind.CROSS: "full_attention",
-}
 
 
 class DecoderConfig(PreTrainedConfig):
@@ -50,7 +44,7 @@ class DecoderConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What transformers calls the layers."""
-        return [_LAYER_TYPES[layer.kind] for layer in self.layers]
+        return layer_types(self.model_config())
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
@@ -117,6 +111,7 @@ class SambaYConfig(DecoderConfig):
         kwargs.pop("format_version", None)
         for alias in self.attribute_map.keys() & kwargs.keys():
             setattr(self, alias, kwargs.pop(alias))
+        refuse_misspelt(kwargs, _MODEL_FIELDS)
         if self.attention_scale is None:
             self.attention_scale = self.head_dim**-0.5
         if self.dt_rank == "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def config_values(config: ModelConfig, dtype: torch.dtype | None = None) -> dict
     fields = config.to_dict()
     fields["tie_word_embeddings"] = fields.pop("tie_embeddings")
     fields["num_hidden_layers"] = fields.pop("num_layers")
-    fields["layer_types"] = [_LAYER_TYPES[layer.kind] for layer in config.layers]
+    fields["layer_types"] = layer_types(config)
     if dtype is not None:
         fields["dtype"] = str(dtype).removeprefix("torch.")
     head = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE]}
@@ -146,11 +146,26 @@ def parse_config(values: Mapping[str, Any]) -> ModelConfig:
         for name, value in values.items()
         if name in known or name in names
     }
-    for name in values.keys() - fields.keys() - names.keys() - set(_FOREIGN):
-        near = difflib.get_close_matches(name, known - values.keys(), n=1, cutoff=_MISSPELT)
+    refuse_misspelt(values.keys() - fields.keys() - names.keys(), known - values.keys())
+    return ModelConfig.from_dict(fields)
+
+
+def refuse_misspelt(names: Iterable[str], fields: Iterable[str]) -> None:
+    """Refuse a name that is no field but looks like one of `fields`; other names pass.
+
+    Raises:
+        ConfigError: the first such name, with the field it resembles.
+    """
+    fields = list(fields)
+    for name in sorted(set(names) - set(_FOREIGN)):
+        near = difflib.get_close_matches(name, fields, n=1, cutoff=_MISSPELT)
         if near:
             raise ConfigError(f"model.{name}: no such field (did you mean '{near[0]}'?)")
-    return ModelConfig.from_dict(fields)
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """What transformers calls the layers."""
+    return [_LAYER_TYPES[layer.kind] for layer in config.layers]
 
 
 def read_model_config(path: Path) -> ModelConfig:

@@ -76,7 +76,7 @@ class ModelConfig:
         put("layer_pattern", format_pattern(parse_pattern(self.layer_pattern)))
         for name, kind in _ENUMS.items():
             put(name, _member(name, kind, getattr(self, name)))
-        if self.dt_rank == 0:
+        if self.dt_rank == 0 and type(self.hidden_size) is int:
             put("dt_rank", math.ceil(self.hidden_size / 16))
         self._check_numbers()
         self._check_attention()
