@@ -11,17 +11,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
-from sambay.errors import ConfigError
+from sambay.errors import ConfigError, MissingPackage
+
+try:
+    from transformers import (
+        Cache,
+        DynamicCache,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.utils.generic import can_return_tuple
+except ModuleNotFoundError as error:
+    raise MissingPackage("transformers", "the classes of transformers", "hf") from error
+
 from sambay.hf import preflight
 from sambay.hf.cache import columns_seen, layer_states
 from sambay.hf.columns import read_columns

@@ -6,6 +6,7 @@ after transformers' own module of Auto classes is imported, or at once if it alr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
@@ -64,19 +65,25 @@ def _attempt(action: Callable[[ModuleType], None], module: ModuleType) -> None:
     """Run an action; transformers itself must stay usable whatever we find."""
     version = sys.modules["transformers"].__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRANSFORMERS:
-        oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
-        _log.warning(
-            "transformers %s is older than %s; its Auto classes will not know SambaY models. "
-            'Upgrade with: pip install "transformers>=%s"',
-            version,
-            oldest,
-            oldest,
-        )
+        _warn_of_age(version)
         return
     try:
         action(module)
     except ImportError as error:
         _log.warning("the Auto classes of transformers will not know SambaY models: %s", error)
+
+
+@functools.cache
+def _warn_of_age(version: str) -> None:
+    """Once, although there is more than one action."""
+    oldest = ".".join(map(str, OLDEST_TRANSFORMERS))
+    _log.warning(
+        "transformers %s is older than %s; its Auto classes will not know SambaY models. "
+        'Upgrade with: pip install "transformers>=%s"',
+        version,
+        oldest,
+        oldest,
+    )
 
 
 class _AfterImport(MetaPathFinder):

@@ -22,7 +22,7 @@ class Float32Parameters(nn.Module):
         """Also where a whole model is built in a narrow default dtype."""
         if param is not None and name in self.float32_parameters and _is_narrow(param):
             wide = nn.Parameter(param.data.float(), requires_grad=param.requires_grad)
-            wide.__dict__.update(param.__dict__)
+            vars(wide).update(vars(param))
             param = wide
         super().register_parameter(name, param)
 

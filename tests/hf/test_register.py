@@ -1,0 +1,105 @@
+"""`import sambay` beside transformers: in both orders, without it, and with one that is too old."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+KNOWN = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as models
+for name, causal in (("sambay", "SambaYForCausalLM"), ("phi4flash", "Phi4FlashForCausalLM")):
+    config = AutoConfig.for_model(name)
+    assert config.model_type == name
+    assert models[type(config)].__name__ == causal
+"""
+# Makes `import transformers` fail as if it were not installed, but only in that process.
+HIDDEN = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "transformers":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def succeed(code: str) -> str:
+    """What the program wrote to standard error."""
+    result = run(code)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import sambay\nimport importlib; importlib.reload(sambay)",
+        "from transformers import AutoModelForCausalLM\nimport sambay",
+    ],
+    ids=["sambay first, and twice", "Auto classes first"],
+)
+def test_auto_classes_know_both_types_in_either_order(start: str) -> None:
+    succeed(f"{start}\n{KNOWN}")
+
+
+def test_importing_sambay_imports_neither_torch_nor_transformers() -> None:
+    start = time.monotonic()
+    succeed(
+        "import sys, sambay\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    assert time.monotonic() - start < 2  # the promised limit; it takes a twentieth of that
+
+
+def test_transformers_alone_stays_as_lazy_as_it_is() -> None:
+    succeed(
+        "import sys, sambay, transformers\n"
+        "assert 'sambay.hf.modeling' not in sys.modules\n"
+        "assert 'transformers.models.auto.modeling_auto' not in sys.modules"
+    )
+
+
+def test_without_transformers_the_core_works_and_the_classes_say_what_is_missing() -> None:
+    succeed(
+        f"{HIDDEN}\n"
+        "import sambay, torch\n"
+        "config = sambay.presets.build('sambay', 4, vocab_size=32, hidden_size=32, head_dim=8)\n"
+        "sambay.LanguageModel(config)(torch.zeros(1, 3, dtype=torch.int64))\n"
+        "from sambay.errors import MissingPackage\n"
+        "for name in ('SambaYForCausalLM', 'Phi4FlashForCausalLM', 'SambaYConfig'):\n"
+        "    try:\n"
+        "        getattr(sambay, name)\n"
+        "    except MissingPackage as error:\n"
+        "        assert 'transformers' in str(error) and 'sambay[hf]' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError(name)\n"
+    )
+
+
+@pytest.mark.parametrize("version", ["5.16.9", "4.57.6.dev0"])
+def test_older_transformers_is_named_once_and_left_alone(version: str, tmp_path: Path) -> None:
+    """A stand-in with the modules of the Auto classes, in which nothing can be registered."""
+    auto = tmp_path / "transformers" / "models" / "auto"
+    auto.mkdir(parents=True)
+    (tmp_path / "transformers" / "__init__.py").write_text(f"__version__ = '{version}'")
+    for name in ("configuration_auto", "modeling_auto"):
+        (auto / f"{name}.py").write_text("")
+    said = succeed(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import sambay\n"
+        "from transformers.models.auto import configuration_auto, modeling_auto\n"
+    )
+    (line,) = said.splitlines()
+    assert line.startswith(f"transformers {version} is older than 5.17")
+    assert line.endswith('pip install "transformers>=5.17"')
