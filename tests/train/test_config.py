@@ -13,12 +13,16 @@ from sambay.errors import ConfigError
 from sambay.recipes.catalogue import RECIPES
 from sambay.recipes.demo import demo_sambay
 from sambay.train.config import (
+    ActivationCheckpointing,
     BatchConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     LoggingConfig,
+    OnExceed,
     OptimizerConfig,
+    ParallelConfig,
+    ResilienceConfig,
     RunConfig,
     ScheduleConfig,
     read_run_config,
@@ -42,10 +46,13 @@ def test_every_field_survives_the_round_trip() -> None:
         schedule=ScheduleConfig(10**6, 10**5, base.schedule.kind, 0.2, 0.3),
         batch=BatchConfig(6, 3),
         evaluation=EvaluationConfig(7, None),
-        checkpoint=CheckpointConfig(5, 9, 20),
+        checkpoint=CheckpointConfig(5, 9, 20, False),
         logging=LoggingConfig(3, True),
+        parallel=ParallelConfig(2, 3, 4),
+        resilience=ResilienceConfig(1, OnExceed.REWIND, 2, 1.5, 20, 60.0),
+        compile=True,
         seed=9,
-        activation_checkpointing=True,
+        activation_checkpointing=ActivationCheckpointing.SELECTIVE,
         threads=2,
     )
     for field in dataclasses.fields(RunConfig):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sambay.errors import CheckpointMismatch, ConfigError
 from sambay.train.checkpoint import CheckpointStore
 from sambay.train.config import (
+    ActivationCheckpointing,
     BatchConfig,
     CheckpointConfig,
     Device,
@@ -76,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"batch": BatchConfig(GLOBAL_BATCH, 2)},
     "bf16": {"precision": Precision.BF16},
-    "checkpointed": {"activation_checkpointing": True},
+    "checkpointed": {"activation_checkpointing": ActivationCheckpointing.FULL},
     "transformer": {"name": "transformer++"},
 }
 

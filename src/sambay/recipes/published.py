@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sambay.spec import ModelConfig, presets
 from sambay.train.config import (
+    ActivationCheckpointing,
     BatchConfig,
     DataConfig,
     OptimizerConfig,
@@ -32,6 +33,6 @@ def _run(model: ModelConfig, total_tokens: int) -> RunConfig:
         schedule=ScheduleConfig(total_tokens=total_tokens, warmup_tokens=1_000_000_000),
         batch=BatchConfig(global_batch_size=512, micro_batch_size=4),
         precision=Precision.BF16,
-        activation_checkpointing=True,
+        activation_checkpointing=ActivationCheckpointing.FULL,
         seed=3407,
     )

@@ -6,14 +6,17 @@ Imports no torch, so `--dry-run` answers at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from sambay.data.manifest import TRAIN, VALIDATION, Manifest
-from sambay.errors import ConfigError, DataError
 from sambay.spec.footprint import parameter_count
 from sambay.spec.layers import LayerKind, LayerSpec
 from sambay.spec.model_config import ModelConfig
-from sambay.train.config import DEFAULT_DECAY_FRACTION, Precision, RunConfig, ScheduleKind
+from sambay.train.config import (
+    DEFAULT_DECAY_FRACTION,
+    ActivationCheckpointing,
+    Precision,
+    RunConfig,
+    ScheduleKind,
+)
 
 _STATE_EVERY = 32  # tokens between the scan states kept for its backward
 
@@ -46,7 +49,7 @@ def memory_estimate(config: RunConfig) -> MemoryEstimate:
     tokens = config.batch.micro_batch_size * config.data.sequence_length
     model = config.model
     blocks = [_block_bytes(model, layer, 2 if is_bf16 else 4) for layer in model.layers]
-    if config.activation_checkpointing:
+    if config.activation_checkpointing is not ActivationCheckpointing.NONE:
         per_token = model.num_layers * model.hidden_size * 4 + 2 * max(blocks)
     else:
         per_token = sum(blocks) + max(blocks)
@@ -64,36 +67,6 @@ def memory_estimate(config: RunConfig) -> MemoryEstimate:
 def checkpoint_bytes(config: RunConfig) -> int:
     """The size of one checkpoint: float32 weights and two moments."""
     return parameter_count(config.model) * 12
-
-
-def check_data(config: RunConfig) -> Manifest:
-    """The manifest of the prepared data, once it is certain that this run can use it.
-
-    Raises:
-        DataError: not prepared, or too few tokens for one sequence.
-        ConfigError: the model's vocabulary is not that of the data.
-    """
-    folder = config.data.directory
-    manifest = Manifest.read(Path(folder))
-    if manifest.vocab_size != config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size}, but the tokenizer in {folder} has "
-            f"{manifest.vocab_size} entries; set model.vocab_size={manifest.vocab_size} or "
-            f"prepare the data with --vocab-size {config.model.vocab_size}"
-        )
-    length = config.data.sequence_length
-    tokens = manifest.total(TRAIN, "tokens")
-    if tokens <= length:
-        raise DataError(
-            f"data.sequence_length = {length}: the training split of {folder} has {tokens} tokens, "
-            f"at least {length + 1} are needed; prepare more text or shorten the sequence"
-        )
-    if manifest.total(VALIDATION, "tokens") < 2:
-        raise DataError(
-            f"data.directory = {folder!r} has no validation tokens; prepare it again with a larger "
-            "--validation-fraction"
-        )
-    return manifest
 
 
 def without_effect(config: RunConfig) -> list[str]:
@@ -158,16 +131,6 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
             f"{config.checkpoint.every_steps} steps, the last {config.checkpoint.keep} kept",
         ),
     ]
-
-
-def describe_data(config: RunConfig, manifest: Manifest) -> tuple[str, str]:
-    """The (topic, text) line about the data."""
-    available = manifest.total(TRAIN, "tokens")
-    epochs = config.num_steps * config.tokens_per_step / available
-    return "data", (
-        f"{config.data.directory}: {available:,} training tokens ({epochs:.3g} epochs), "
-        f"{manifest.total(VALIDATION, 'tokens'):,} validation tokens"
-    )
 
 
 def chunk_tokens(vocab_size: int) -> int:
