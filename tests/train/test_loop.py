@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from sambay.data import batch_source
 from sambay.data.batches import read_batch
 from sambay.data.shards import TokenDataset
 from sambay.errors import ConfigError, DataError, SambayError
@@ -65,7 +67,7 @@ def test_every_token_weighs_the_same_however_unequal_the_parts(
         labels[3] = -100
         return dataclasses.replace(batch, labels=labels)
 
-    monkeypatch.setattr(loop, "read_batch", partly_ignored)
+    monkeypatch.setattr(batch_source, "read_batch", partly_ignored)
     gradients = []
     for size in (GLOBAL_BATCH, 1):
         run = make_config(steps=1, batch=BatchConfig(GLOBAL_BATCH, size))
@@ -78,10 +80,10 @@ def test_every_token_weighs_the_same_however_unequal_the_parts(
 def test_overfits_one_batch(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A tiny SambaY memorises one batch of two rows."""
 
-    def always_the_same(seed: int, step: int, size: int, num_samples: int) -> Any:
-        return range(size)
+    def always_the_same(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:
+        return positions % 2
 
-    monkeypatch.setattr(loop, "sample_indices", always_the_same)
+    monkeypatch.setattr(batch_source, "samples_at", always_the_same)
     vocab_size = TokenDataset.open(data, "train").vocab_size
     config = RunConfig(
         model=tiny_config("sambay", vocab_size=vocab_size),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Callable, Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sambay.errors import ConfigError, nearest
-from sambay.train.config import RunConfig
+from sambay.train.config import RunConfig, value_from_json
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -48,7 +50,8 @@ def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
 def parse_value(name: str, text: str, hint: Any) -> Any:
     """The value a text means for a field of type `hint`.
 
-    Whole numbers may be written 4_096 or 1e6, booleans true/false, an absent value None.
+    Whole numbers may be written 4_096 or 1e6, booleans true/false, an absent value None, lists of
+    whole numbers 1,2,4. Other lists and tables are given as JSON, or as the path of a JSON file.
 
     Raises:
         ConfigError: names the field, the text and the expected type.
@@ -56,6 +59,10 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
     options, optional = _without_none(hint)
     if optional and text.lower() == "none":
         return None
+    if options == tuple[int, ...] and not text.startswith("["):
+        return tuple(parse_value(name, part.strip(), int) for part in text.split(","))
+    if get_origin(options) in (tuple, dict):
+        return value_from_json(_read_json(name, text), options, name)
     try:
         if isinstance(options, type) and issubclass(options, StrEnum):
             return _member(name, text, options)
@@ -65,6 +72,19 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
             raise
         wanted = _NAMES[options] + (" or None" if optional else "")
         raise ConfigError(f"{name} = '{text}'; it must be {wanted}") from error
+
+
+def _read_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(
+            text if text.startswith(("[", "{")) else Path(text).read_text(encoding="utf-8")
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"{name} = '{text}' cannot be read: {error.strerror}; give the path of a JSON file"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{name}: {text} is no JSON: {error}") from error
 
 
 def _find(path: str) -> tuple[str, str, Any]:

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """The exit code: 0 when finished, 128 + signal number when stopped by one."""
     from sambay.cli.overrides import apply_overrides
     from sambay.recipes.catalogue import find_recipe
-    from sambay.train.plan import check_data, describe, describe_data, without_effect
+    from sambay.train.data_checks import check_data, describe_data
+    from sambay.train.plan import describe, without_effect
 
     name, config = find_recipe(args.recipe)
     config = apply_overrides(config, args.overrides)
@@ -62,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
         _print_table(facts)
         _print_table([describe_data(config, check_data(config))])
         return 0
-    manifest = check_data(config)
-    _print_table([*facts, describe_data(config, manifest)])
+    _print_table([*facts, describe_data(config, check_data(config))])
 
     from sambay.train.loop import train
 

@@ -2,6 +2,9 @@
 
 Shapes: B rows, T positions. Window i is tokens [i*T, i*T + T + 1): windows share one token, the
 label of one and the first input of the next, so that every token but the first is a label once.
+
+Where documents are kept apart (segments), the first token of a document is no label: it follows
+the end of another document, and from that it cannot be predicted.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import torch
 from sambay.data.shards import TokenDataset
 from sambay.errors import DataError
 
+IGNORE = -100  # a label that counts neither in the loss nor among the tokens
+
 
 @dataclass(frozen=True)
 class Batch:
     """Inputs and the tokens that follow them.
 
-    input_ids, labels: int64 (B, T).
+    input_ids, labels: int64 (B, T); a label may be `IGNORE`.
     segments: int32 (B, T), the number of the document within its row, or None if not asked for.
     """
 
@@ -34,16 +39,14 @@ class EvaluationBatch(Batch):
     """A batch of consecutive windows.
 
     start: position in the split of the first input token; the labels are tokens
-        [start + 1, start + 1 + num_labels).
-    text_bytes: bytes of text the labels stand for, for bits per byte.
+        [start + 1, start + 1 + labels.numel()), where they are not `IGNORE`.
+    num_labels: the labels that count.
+    text_bytes: bytes of text those stand for, for bits per byte.
     """
 
     start: int
+    num_labels: int
     text_bytes: int
-
-    @property
-    def num_labels(self) -> int:
-        return self.labels.numel()
 
 
 def num_windows(dataset: TokenDataset, sequence_length: int) -> int:
@@ -73,7 +76,8 @@ def read_batch(
     """The windows with these indices, in this order.
 
     With `segments`, each position gets the number of its document within the row: 0 for the first,
-    one more after each end-of-sequence token, which itself belongs to the document it ends.
+    one more after each end-of-sequence token, which itself belongs to the document it ends; its own
+    label, the first token of the next document, is `IGNORE`.
     """
     windows = np.empty((len(indices), sequence_length + 1), np.int64)
     for row, index in enumerate(indices):
@@ -91,8 +95,9 @@ def evaluation_batches(
 ) -> Iterator[EvaluationBatch]:
     """All windows of a split in order, so that each token but the first is a label exactly once.
 
-    The tokens left at the end form a last batch with one shorter row. With `max_windows` only the
-    first that many whole windows are read.
+    With `segments` the first token of each document is no label, as in `read_batch`. The tokens
+    left at the end form a last batch with one shorter row. With `max_windows` only the first that
+    many whole windows are read.
     """
     total = (dataset.num_tokens - 1) // sequence_length
     rest = (dataset.num_tokens - 1) % sequence_length
@@ -112,9 +117,14 @@ def _evaluation_batch(
 ) -> EvaluationBatch:
     tokens = dataset.read(start, rows * length + 1).astype(np.int64)
     windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
-    text_bytes = dataset.tokenizer.count_bytes(tokens[1:])
+    counted = tokens[1:]
+    if segments:
+        counted = counted[tokens[:-1] != dataset.eos_id]
     return EvaluationBatch(
-        *_tensors(windows, dataset.eos_id, segments), start=start, text_bytes=text_bytes
+        *_tensors(windows, dataset.eos_id, segments),
+        start=start,
+        num_labels=len(counted),
+        text_bytes=dataset.tokenizer.count_bytes(counted),
     )
 
 
@@ -125,6 +135,7 @@ def _tensors(
     inputs, labels = windows[:, :-1].copy(), windows[:, 1:].copy()
     numbers = None
     if segments:
-        ended = np.cumsum(inputs == eos_id, axis=1, dtype=np.int32)
-        numbers = torch.from_numpy(ended - (inputs == eos_id))
+        ends = inputs == eos_id
+        numbers = torch.from_numpy(np.cumsum(ends, axis=1, dtype=np.int32) - ends)
+        labels[ends] = IGNORE
     return torch.from_numpy(inputs), torch.from_numpy(labels), numbers

@@ -42,6 +42,28 @@ def sample_indices(seed: int, step: int, global_batch_size: int, num_samples: in
     return _permute(seed, epochs, positions % np.uint64(num_samples), num_samples)
 
 
+def samples_at(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:
+    """The samples at these positions (int64, any order) of the endless line; int64.
+
+    `sample_indices` is this for the positions of one step.
+
+    Raises:
+        DataError: no samples at all.
+    """
+    if num_samples < 1:
+        raise DataError("the split has no samples; prepare more text or use a shorter sequence")
+    epochs, places = np.divmod(np.asarray(positions, np.uint64), np.uint64(num_samples))
+    return _permute(seed, epochs, places, num_samples)
+
+
+def source_seed(seed: int, source: int) -> int:
+    """The seed of one source of a mixture; that of the first is `seed` itself.
+
+    Without it, sources of the same size would be read in the same order.
+    """
+    return seed if source == 0 else int(_mix(_mix(np.uint64(seed & _MASK)) ^ np.uint64(source)))
+
+
 def _permute(seed: int, epochs: np.ndarray, positions: np.ndarray, size: int) -> np.ndarray:
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     key = _mix(_mix(np.uint64(seed & _MASK)) ^ epochs)

@@ -114,6 +114,15 @@ class TokenDataset:
         start = int(ends[local - 1]) if local else 0
         return np.array(self._tokens(shard)[start : int(ends[local])], self.manifest.dtype)
 
+    def document_ends(self) -> np.ndarray:
+        """The position after each document's last token in the split, int64, in order."""
+        shard_starts = [0, *self._token_ends[:-1].tolist()]
+        ends = [
+            start + self._map(shard.index_file, "<i8")
+            for start, shard in zip(shard_starts, self._shards, strict=True)
+        ]
+        return np.concatenate(ends).astype(np.int64)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The set's tokenizer.

@@ -52,7 +52,7 @@ _FREE = (
     "device",
     "threads",
 )
-_SCHEDULE = ("optimizer.", "schedule.")
+_SCHEDULE = ("optimizer.", "schedule.", "regularisation.")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def check_same_run(
 ) -> dict[str, Any]:
     """The state of a checkpoint that belongs to this configuration and data.
 
-    `change_schedule` permits other values in `optimizer` and `schedule` than the checkpoint's.
+    `change_schedule` permits other values in `optimizer`, `schedule` and `regularisation` than
+    the checkpoint's.
 
     Raises:
         CheckpointMismatch: another configuration (names the first differing field and both
@@ -160,12 +161,16 @@ def check_same_run(
     state = read_state(path)
     allowed = _FREE + _SCHEDULE if change_schedule else _FREE
     _check_same_config(path, state["config"], config, allowed)
-    if state["data_manifest"] != manifest_hash:
-        raise CheckpointMismatch(
-            f"data.directory = {config.data.directory!r} holds other data (manifest "
-            f"{manifest_hash[:12]}) than {path} was trained on (manifest "
-            f"{state['data_manifest'][:12]}); restore that data or use another --run-dir"
-        )
+    # The sets of a mixture have their hashes in its order, between commas.
+    stored, mine = state["data_manifest"].split(","), manifest_hash.split(",")
+    for number, (theirs, hash_now) in enumerate(zip(stored, mine, strict=True)):
+        if theirs != hash_now:
+            folder = config.data.sources[number].directory
+            name = f"data.mixture: {folder!r}" if len(mine) > 1 else f"data.directory = {folder!r}"
+            raise CheckpointMismatch(
+                f"{name} holds other data (manifest {hash_now[:12]}) than {path} was trained on "
+                f"(manifest {theirs[:12]}); restore that data or use another --run-dir"
+            )
     return state
 
 
@@ -247,14 +252,21 @@ def _stored_config(path: Path, values: dict[str, Any]) -> RunConfig:
 def _check_same_config(
     path: Path, stored: dict[str, Any], config: RunConfig, allowed: tuple[str, ...]
 ) -> None:
-    mine = _flat(config.to_dict())
-    for name, theirs in _flat(_stored_config(path, stored).to_dict()).items():
+    mine = _comparable(config)
+    for name, theirs in _comparable(_stored_config(path, stored)).items():
         if mine[name] != theirs and not name.startswith(allowed):
             hint = ", or continue with --change-schedule" if name.startswith(_SCHEDULE) else ""
             raise CheckpointMismatch(
                 f"{name} = {mine[name]!r}, but {path} was made with {theirs!r}; "
                 f"set it back, or use another --run-dir or --fresh{hint}"
             )
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """All fields by name; of the training sets only the weights, since folders may move."""
+    values = config.to_dict()
+    values["data"]["mixture"] = [source.weight for source in config.data.sources]
+    return _flat(values)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,22 +8,21 @@ from pathlib import Path
 
 import torch
 
-from sambay.data.batches import num_windows, read_batch
-from sambay.data.manifest import TRAIN, VALIDATION
-from sambay.data.sampler import sample_indices
-from sambay.data.shards import TokenDataset
+from sambay.data.batch_source import BatchSource
 from sambay.errors import SambayError
 from sambay.generate.memory import available_bytes, readable_bytes
 from sambay.model.folder import TOKENIZER_FILE, save_model_folder
 from sambay.train.checkpoint import CheckpointStore, Progress, check_same_run, restore
 from sambay.train.config import RunConfig
+from sambay.train.data_checks import check_data
 from sambay.train.display import Display
-from sambay.train.evaluate import Evaluation, evaluate
+from sambay.train.evaluate import Evaluation, evaluate_all
 from sambay.train.interrupt import StopRequest
 from sambay.train.metrics import MetricsLog
-from sambay.train.plan import check_data, checkpoint_bytes, memory_estimate
+from sambay.train.plan import checkpoint_bytes, memory_estimate
 from sambay.train.run_dir import MODEL, claimed, require_disk_space, start_afresh, write_head
 from sambay.train.schedule import learning_rate
+from sambay.train.sources import ValidationSet, open_batches, open_validation, source_metrics
 from sambay.train.trainer import NotFinite, Trainer
 
 
@@ -58,7 +57,8 @@ def train(
     that was not: the batch of a step is a function of seed and step alone.
 
     fresh: remove the run that is there and begin again.
-    change_schedule: continue although `optimizer` or `schedule` differ from the checkpoint's.
+    change_schedule: continue although `optimizer`, `schedule` or `regularisation` differ from the
+        checkpoint's.
 
     Raises:
         SambayError: data, directory or checkpoint do not fit (before any work), the disk is full,
@@ -66,11 +66,11 @@ def train(
     """
     display = display or Display()
     check_data(config)
-    training = TokenDataset.open(config.data.directory, TRAIN)
-    validation = TokenDataset.open(config.data.directory, VALIDATION)
+    batches = open_batches(config)
+    validation = open_validation(config, batches)
     if config.data.verify:
-        training.verify()
-        validation.verify()
+        for dataset in (*batches.datasets, *(one.dataset for one in validation)):
+            dataset.verify()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -79,11 +79,11 @@ def train(
             start_afresh(run_dir)
         store = CheckpointStore(run_dir, config.checkpoint)
         store.clean()
-        latest, manifest_hash = store.latest(), training.manifest_hash
+        latest, manifest_hash = store.latest(), batches.manifest_hash
         if latest is not None:
             check_same_run(latest, config, manifest_hash, change_schedule=change_schedule)
         require_disk_space(run_dir, checkpoint_bytes(config), config.checkpoint.keep)
-        write_head(run_dir, config, training.folder)
+        write_head(run_dir, config, batches.datasets[0].folder)
 
         trainer = Trainer(config)
         _warn_of_memory(config, trainer, display)
@@ -94,7 +94,7 @@ def train(
 
         evaluation, signal_number = None, None
         if progress.step < config.num_steps:
-            run = _Steps(config, run_dir, training, validation, store, display)
+            run = _Steps(config, run_dir, batches, validation, store, display)
             progress, evaluation, signal_number = run.go(trainer, progress)
         if progress.step < config.num_steps:
             return Outcome(progress, signal_number, evaluation)
@@ -109,8 +109,8 @@ class _Steps:
 
     config: RunConfig
     run_dir: Path
-    training: TokenDataset
-    validation: TokenDataset
+    batches: BatchSource
+    validation: list[ValidationSet]
     store: CheckpointStore
     display: Display
 
@@ -119,7 +119,6 @@ class _Steps:
     ) -> tuple[Progress, Evaluation | None, int | None]:
         """Where it ended, the last evaluation, and the signal that ended it, if one did."""
         config, num_steps = self.config, self.config.num_steps
-        num_samples = num_windows(self.training, config.data.sequence_length)
         evaluation, saved_step = None, progress.step
         tensorboard = config.logging.tensorboard
         with (
@@ -129,16 +128,9 @@ class _Steps:
             while progress.step < num_steps and stop.signal_number is None:
                 started = time.perf_counter()
                 rate = learning_rate(config, progress.step)
-                batch = read_batch(
-                    self.training,
-                    sample_indices(
-                        config.seed, progress.step, config.batch.global_batch_size, num_samples
-                    ),
-                    config.data.sequence_length,
-                    segments=config.data.separate_documents,
-                )
+                batch = self.batches.batch(progress.step)
                 try:
-                    loss, norm = trainer.learn(batch, rate)
+                    learned = trainer.learn(batch, rate, progress.step)
                 except NotFinite as error:
                     raise TrainingDiverged(self._diagnosis(progress.step, rate, error)) from error
                 seconds = time.perf_counter() - started
@@ -147,22 +139,22 @@ class _Steps:
                 progress = Progress(
                     step, progress.tokens + config.tokens_per_step, progress.seconds + seconds
                 )
-                self.display.step(step, num_steps, config.tokens_per_step, seconds, loss)
+                self.display.step(step, num_steps, config.tokens_per_step, seconds, learned.loss)
                 is_final = step == num_steps
                 values: dict[str, float] = {}
                 if step % config.logging.every_steps == 0 or is_final:
                     values |= {
-                        "loss": loss,
+                        "loss": learned.loss,
                         "learning_rate": rate,
-                        "gradient_norm": norm,
+                        "gradient_norm": learned.gradient_norm,
                         "tokens_per_second": config.tokens_per_step / seconds,
                     }
+                    values |= source_metrics(self.batches, step)
+                    if config.regularisation.changes_objective:
+                        values["objective"] = learned.objective
                 if step % config.evaluation.every_steps == 0 or is_final:
                     evaluation = self._evaluate(trainer, step)
-                    values |= {
-                        "validation_loss": evaluation.loss,
-                        "validation_bits_per_byte": evaluation.bits_per_byte,
-                    }
+                    values |= evaluation.metrics()
                 if values:
                     metrics.write({**asdict(progress), **values})
                 if step % config.checkpoint.every_steps == 0:
@@ -173,7 +165,7 @@ class _Steps:
             return progress, evaluation, stop.signal_number
 
     def _evaluate(self, trainer: Trainer, step: int) -> Evaluation:
-        evaluation = evaluate(trainer.loss, self.validation, self.config)
+        evaluation = evaluate_all(trainer.loss, self.validation, self.config)
         self.display.message(
             f"step {step}: validation loss {evaluation.loss:.4f}, "
             f"{evaluation.bits_per_byte:.4f} bits/byte"
@@ -184,7 +176,7 @@ class _Steps:
         """Save a checkpoint after the metrics that lead to it; the step saved."""
         metrics.flush_to_disk()
         self.store.save(
-            progress, trainer.model, trainer.optimizer, self.config, self.training.manifest_hash
+            progress, trainer.model, trainer.optimizer, self.config, self.batches.manifest_hash
         )
         return progress.step
 
