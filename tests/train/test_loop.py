@@ -154,10 +154,12 @@ def test_a_nan_stops_with_a_diagnosis_and_keeps_the_checkpoint(
     plain = trainer.cross_entropy
     calls = 0
 
-    def poisoned(h: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def poisoned(h: torch.Tensor, *rest: Any, **options: Any) -> Any:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        return plain(h * math.nan if calls == 4 and torch.is_grad_enabled() else h, *rest)
+        return plain(
+            h * math.nan if calls == 4 and torch.is_grad_enabled() else h, *rest, **options
+        )
 
     monkeypatch.setattr(trainer, "cross_entropy", poisoned)
     config = make_config()

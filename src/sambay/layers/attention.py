@@ -28,13 +28,21 @@ class SoftmaxMaps(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
         self.scale, self.window = config.attention_scale, layer.window
+        self.dropout = 0.0  # of the probabilities, while training
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, segments: Tensor | None
     ) -> Tensor:
         """(B, H, T, P) queries to (B, T, H * P)."""
         out = attention(
-            q, k, v, scale=self.scale, window=self.window, starts_B=starts, segments_BT=segments
+            q,
+            k,
+            v,
+            scale=self.scale,
+            window=self.window,
+            starts_B=starts,
+            segments_BT=segments,
+            dropout=self.dropout if self.training else 0.0,
         )
         return out.transpose(1, 2).flatten(2)
 
@@ -50,6 +58,7 @@ class DifferentialMaps(Float32Parameters):
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
         self.scale, self.window = config.attention_scale, layer.window
+        self.dropout = 0.0  # of the probabilities, while training
         self.eps = config.norm_eps
         self.lambda_init = lambda_init(layer.index)
         self.lambda_q1 = nn.Parameter(torch.empty(config.head_dim))
@@ -77,6 +86,7 @@ class DifferentialMaps(Float32Parameters):
             window=self.window,
             starts_B=starts,
             segments_BT=segments,
+            dropout=self.dropout if self.training else 0.0,
         )
         out = F.rms_norm(out, out.shape[-1:], self.norm_weight.to(out.dtype), self.eps)
         return (out * (1 - self.lambda_init)).transpose(1, 2).flatten(2)
@@ -154,6 +164,18 @@ class SelfAttention(CrossAttention):
         if self.publishes_memory:
             shared = shared._replace(memory=out)
         return self.out_proj(out), shared
+
+
+def set_attention_dropout(model: nn.Module, *, self_decoder: float, cross_decoder: float) -> None:
+    """Set the share of attention probabilities dropped while training, in all layers of a model.
+
+    `self_decoder` is for layers with keys of their own, `cross_decoder` for those that read
+    another layer's. Nothing is stored with the model: a fresh or loaded one drops nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, CrossAttention):
+            own_keys = isinstance(module, SelfAttention)
+            module.maps.dropout = self_decoder if own_keys else cross_decoder
 
 
 def _heads(x_BTF: Tensor, head_dim: int) -> Tensor:

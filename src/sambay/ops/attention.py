@@ -33,6 +33,7 @@ class AttentionCall(NamedTuple):
     window: int | None
     starts: Tensor | None
     segments: Tensor | None
+    dropout: float = 0.0
 
 
 def attention(
@@ -44,13 +45,17 @@ def attention(
     window: int | None = None,
     starts_B: Tensor | None = None,
     segments_BT: Tensor | None = None,
+    dropout: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """The attended values, (B, H, T, P) in the dtype of the queries.
 
     Query head h reads key head h // (H / K). `window` counts the visible columns including the
     query's own. `starts_B` (int64) is the first real column of each row. `segments_BT` numbers the
-    documents of a packed row and needs S == T.
+    documents of a packed row and needs S == T. `dropout` is the share of the probabilities that
+    become 0 (the others are divided by 1 - dropout), drawn from torch's global generator; which
+    ones depends on the backend and, for the same state of the generator, on nothing but the shapes.
+    Values may be wider or narrower than keys.
 
     Raises:
         ConfigError: segments together with cached columns.
@@ -61,12 +66,15 @@ def attention(
         raise ConfigError("segments: packed rows cannot continue a cache; start from an empty one")
     if window is not None and window >= S:
         window = None
-    call = AttentionCall(q_BHTP, k_BKSP, v_BKSP, scale, window, starts_B, segments_BT)
+    call = AttentionCall(q_BHTP, k_BKSP, v_BKSP, scale, window, starts_B, segments_BT, dropout)
     return registry.choose("attention", backend, call)(call)
 
 
-def _reference(call: AttentionCall) -> Tensor:
-    """The definition: one dense map per head, in float32 or better."""
+def reference_attention(call: AttentionCall, keep_BHTS: Tensor | None = None) -> Tensor:
+    """The definition: one dense map per head, in float32 or better.
+
+    keep_BHTS: bool, which probabilities dropout keeps; drawn if it is not given.
+    """
     q, k, v = call.q, call.k, call.v
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
@@ -76,7 +84,12 @@ def _reference(call: AttentionCall) -> Tensor:
     visible = _visible(call, queries, torch.arange(S, device=q.device))
     scores = (q.to(dtype) @ k.transpose(-1, -2)) * call.scale
     scores = scores.masked_fill(~visible, float("-inf"))
-    return (torch.softmax(scores, dim=-1) @ v).to(q.dtype)
+    probabilities = torch.softmax(scores, dim=-1)
+    if call.dropout:
+        if keep_BHTS is None:
+            keep_BHTS = torch.rand_like(probabilities) >= call.dropout
+        probabilities = probabilities * keep_BHTS / (1 - call.dropout)
+    return (probabilities @ v).to(q.dtype)
 
 
 def _sdpa(call: AttentionCall) -> Tensor:
@@ -88,11 +101,31 @@ def _sdpa(call: AttentionCall) -> Tensor:
         return _one_query(call)
     if call.window is not None:
         return _banded(call, call.window)
-    if call.starts is None and call.segments is None and T == S:
-        return F.scaled_dot_product_attention(
-            call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=True
-        )
+    # On the CPU torch has no fused kernel with dropout: blocks at least skip what nobody sees.
+    dense = call.dropout > 0 and call.q.device.type == "cpu"
+    if call.starts is None and call.segments is None and T == S and not dense:
+        return _dot_product(call, call.q, call.k, call.v, None)
     return _query_blocks(call)
+
+
+def _dot_product(
+    call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """torch's fused attention on tensors cut from those of the call; causal without a mask."""
+    if v.shape[-1] != q.shape[-1] and q.device.type == "cuda":
+        # The one fused kernel for values of another width does not group heads.
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        is_causal=mask is None,
+        scale=call.scale,
+        enable_gqa=True,
+    )
 
 
 def _one_query(call: AttentionCall) -> Tensor:
@@ -109,6 +142,7 @@ def _one_query(call: AttentionCall) -> Tensor:
         call.k[:, :, first:],
         call.v[:, :, first:],
         attn_mask=mask,
+        dropout_p=call.dropout,
         scale=call.scale,
     )
     return out.reshape(B, H, 1, -1)
@@ -124,13 +158,12 @@ def _query_blocks(call: AttentionCall) -> Tensor:
         queries = torch.arange(S - T + first, high, device=call.q.device)
         keys = torch.arange(low, high, device=call.q.device)
         parts.append(
-            F.scaled_dot_product_attention(
+            _dot_product(
+                call,
                 call.q[:, :, first:last],
                 call.k[:, :, low:high],
                 call.v[:, :, low:high],
-                attn_mask=_visible(call, queries, keys),
-                scale=call.scale,
-                enable_gqa=True,
+                _visible(call, queries, keys),
             )
         )
     return torch.cat(parts, dim=2)
@@ -169,9 +202,7 @@ def _banded(call: AttentionCall, window: int) -> Tensor:
     keys = first + starts + torch.arange(band, device=q.device)
     visible = _visible(call, queries, keys)  # (B or 1, num_blocks, block, band)
     mask = visible.expand(B, -1, -1, -1).flatten(0, 1).unsqueeze(1)
-    out = F.scaled_dot_product_attention(
-        q.flatten(0, 1), k, v, attn_mask=mask, scale=call.scale, enable_gqa=True
-    )
+    out = _dot_product(call, q.flatten(0, 1), k, v, mask)
     out = out.view(B, num_blocks, H, block, -1).transpose(1, 2)
     return out.reshape(B, H, num_blocks * block, -1)[:, :, :T]
 
@@ -201,5 +232,5 @@ def _visible(call: AttentionCall, queries: Tensor, keys: Tensor) -> Tensor:
     return visible if queries.dim() > 1 else visible[:, None]
 
 
-registry.register("attention", "reference", 0, _reference)
+registry.register("attention", "reference", 0, reference_attention)
 registry.register("attention", "sdpa", 10, _sdpa)

@@ -30,23 +30,28 @@ def differential_attention(
     window: int | None = None,
     starts_B: Tensor | None = None,
     segments_BT: Tensor | None = None,
+    dropout: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     """The difference O1 - weight * O2 per differential head, (B, H / 2, T, 2 P).
 
-    `weight` is the scalar lambda in the dtype of the values. H and K must be even. Visibility is
-    that of `attention`.
+    `weight` is the scalar lambda in the dtype of the values. H and K must be even. Visibility and
+    dropout are those of `attention`; each map drops probabilities of its own, before the
+    subtraction.
     """
     B, H, T, P = q_BHTP.shape
     K, S = k_BKSP.shape[1:3]
     group = H // K
     # (pair, member of group, map) -> (pair, map, member): then plain grouped heads apply.
     q = q_BHTP.view(B, K // 2, group, 2, T, P).transpose(2, 3).reshape(B, H, T, P)
-    if T == 1 and backend is None:
+    if T == 1 and backend is None and not dropout:
         return _one_query(q, k_BKSP, v_BKSP, weight, scale, window, starts_B)
-    halves = []
-    for half in v_BKSP.view(B, K // 2, 2, S, P).unbind(2):
-        value = half[:, :, None].expand(-1, -1, 2, -1, -1).reshape(B, K, S, P)
+    values = v_BKSP.view(B, K // 2, 2, S, P).unbind(2)
+    if dropout:  # one call, as both halves of the value have to meet the same map
+        values = (torch.cat(values, dim=-1),)
+    parts = []
+    for part in values:
+        value = part[:, :, None].expand(-1, -1, 2, -1, -1).reshape(B, K, S, part.shape[-1])
         out = attention(
             q,
             k_BKSP,
@@ -55,10 +60,11 @@ def differential_attention(
             window=window,
             starts_B=starts_B,
             segments_BT=segments_BT,
+            dropout=dropout,
             backend=backend,
         )
-        halves.append(out.view(B, K // 2, 2, group, T, P))
-    first, second = torch.cat(halves, dim=-1).unbind(2)
+        parts.append(out.view(B, K // 2, 2, group, T, part.shape[-1]))
+    first, second = torch.cat(parts, dim=-1).unbind(2)
     return (first - weight * second).reshape(B, H // 2, T, 2 * P)
 
 
