@@ -9,17 +9,16 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sambay.errors import ConfigError, nearest
-from sambay.layers.context import BatchContext, SharedStates
+from sambay.layers.context import BatchContext
 from sambay.layers.norm import make_norm
 from sambay.layers.roles import Role
-from sambay.layers.state import LayerState
 from sambay.model.block import Block
 from sambay.model.cache import ModelCache
-from sambay.model.decoder import call_block, run_blocks
+from sambay.model.decoder import run_blocks
 from sambay.model.init import initialise
+from sambay.model.recompute import CALLS, Recompute
 from sambay.spec import ModelConfig, prefill_split
 
 Outputs = Literal["all", "last", "none"]
@@ -30,7 +29,8 @@ class LanguageModel(nn.Module):
     """A decoder described by its configuration alone.
 
     Built on a real device it is initialised with the default scheme and seed 0; built under
-    `torch.device("meta")` it only has shapes.
+    `torch.device("meta")` it only has shapes. `recompute` says how much of each block the backward
+    pass computes again.
     """
 
     roles: ClassVar = {"embedding.weight": Role.EMBEDDING, "head.weight": Role.OUTPUT}
@@ -45,7 +45,7 @@ class LanguageModel(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.split = prefill_split(config.layers)
-        self.activation_checkpointing = False
+        self.recompute: Recompute = "none"
         if not self.head_weight.is_meta:
             initialise(self)
 
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
         states = [None] * len(self.blocks) if cache is None else cache.layers
         x = self.embedding(input_ids_BT)
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.embedding_multiplier
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        recompute = self.recompute if torch.is_grad_enabled() else "none"
         x = run_blocks(
             self.blocks,
             states,
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
             context,
             split=self.split,
             keep=_KEEP[outputs],
-            call=_call_checkpointed if recompute else call_block,
+            call=CALLS[recompute],
         )
         if cache is not None:
             cache.length += input_ids_BT.shape[1]
@@ -135,13 +135,3 @@ class LanguageModel(nn.Module):
         if starts is not None:
             raise ConfigError("starts: the cache has its own; give them to ModelCache.allocate")
         return cache.context(input_ids.shape[1])
-
-
-def _call_checkpointed(
-    block: nn.Module,
-    x: Tensor,
-    context: BatchContext,
-    shared: SharedStates,
-    state: LayerState | None,
-) -> tuple[Tensor, SharedStates]:
-    return checkpoint(block, x, context, shared, state, use_reentrant=False)

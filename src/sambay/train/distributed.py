@@ -1,0 +1,249 @@
+"""The processes of a run: who they are, what they agree on, and how one's mistake reaches all.
+
+Started by torchrun (or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) a run
+has as many processes as were started. Otherwise it has one, and no process group exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sambay.errors import ConfigError, SambayError
+from sambay.train.config import Device, RunConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_T = TypeVar("_T")
+REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
+
+
+class ToldByAnother(SambayError):
+    """An error that another process met and reports itself."""
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among those of a run.
+
+    rank, size: its number, and how many there are.
+    data_rank, data_size: its number among those that read different rows, and how many these are.
+    mesh: the processes by (replicate, shard, tensor); None if there is one process only.
+    save_group: for the checkpoints, which are written while the others compute.
+    store: shared by all processes, beside the process groups.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+    mesh: DeviceMesh | None = None
+    save_group: dist.ProcessGroup | None = None
+    store: dist.Store | None = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the log and speaks to the person."""
+        return self.rank == 0
+
+    @property
+    def tensor_size(self) -> int:
+        """How many processes compute each layer together."""
+        return self.size // self.data_size
+
+    def rows(self, count: int) -> slice:
+        """This process's rows of a batch of `count`, which `data_size` divides."""
+        assert count % self.data_size == 0, (count, self.data_size)
+        share = count // self.data_size
+        return slice(self.data_rank * share, (self.data_rank + 1) * share)
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums of the values of all processes that read different rows; float64."""
+        if self.mesh is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.mesh.get_local_rank(TENSOR) != 0:  # they saw the same rows as their first
+            total.zero_()
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def max(self, value: int) -> int:
+        """The greatest of the values of all processes."""
+        if self.mesh is None:
+            return value
+        greatest = torch.tensor(value)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX)
+        return int(greatest)
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.max(0)
+
+    def on_main(self, action: Callable[[], _T]) -> _T:
+        """What `action` gave on the main process, on all; its user-facing error reaches all."""
+        if self.mesh is None:
+            return action()
+        result, error = _attempt(action) if self.is_main else (None, None)
+        told = [(result, None if error is None else str(error))]
+        dist.broadcast_object_list(told)
+        if error is not None:
+            raise error
+        result, message = told[0]
+        if message is not None:
+            raise ToldByAnother(message)
+        return result  # type: ignore[return-value]
+
+    def everywhere(self, action: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
+        """What `action` gives here; a user-facing error of any process is raised in all."""
+        if self.mesh is None:
+            return action()
+        result, error = _attempt(action)
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, None if error is None else str(error), group=group)
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ToldByAnother(f"process {rank}: {message}")
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The values of all processes by rank."""
+        if self.mesh is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+
+def _attempt(action: Callable[[], _T]) -> tuple[_T | None, SambayError | None]:
+    try:
+        return action(), None
+    except SambayError as error:
+        return None, error
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks to the person; known before anything is set up."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def joined(config: RunConfig) -> Iterator[World]:
+    """This process as a part of its run, until the block ends.
+
+    Raises:
+        ConfigError: sizes that do not fit (names the field), or a device that is not there.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        sizes_for(config, 1)
+        yield World(compute_device(config.device))
+        return
+    # Found before the group exists, so that every process stops with the same message by itself.
+    replicate, shard, tensor = sizes_for(config, size)
+    device = compute_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # A process that stands still is found by the watchdog; this is for what that one misses.
+    patience = datetime.timedelta(seconds=2 * config.resilience.hang_seconds)
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=patience)))
+    store.set_timeout(patience)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("sambay", store), rank=rank, world_size=size,
+        timeout=patience, device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(
+            device.type, (replicate, shard, tensor), mesh_dim_names=(REPLICATE, SHARD, TENSOR)
+        )
+        yield World(
+            device,
+            rank,
+            size,
+            data_rank=mesh.get_local_rank(REPLICATE) * shard + mesh.get_local_rank(SHARD),
+            data_size=replicate * shard,
+            mesh=mesh,
+            save_group=dist.new_group(backend="gloo", timeout=patience),
+            store=store,
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def sizes_for(config: RunConfig, size: int) -> tuple[int, int, int]:
+    """(replicate, shard, tensor) for this many processes.
+
+    Raises:
+        ConfigError: the sizes do not multiply to `size`, or do not divide the batch or the model.
+    """
+    parallel = config.parallel
+    fixed = parallel.replicate * parallel.tensor
+    shard = size // fixed if parallel.shard is None else parallel.shard
+    if fixed * shard != size:
+        sizes = f"replicate={parallel.replicate} shard={parallel.shard} tensor={parallel.tensor}"
+        raise ConfigError(
+            f"parallel: {sizes} do not multiply to the {size} processes of this run; start "
+            "another number of processes or change parallel.shard"
+        )
+    rows = config.batch.global_batch_size
+    if rows % (parallel.replicate * shard):
+        raise ConfigError(
+            f"batch.global_batch_size = {rows} cannot be divided among parallel.replicate x "
+            f"parallel.shard = {parallel.replicate * shard} processes; use a multiple of it, "
+            "fewer processes or a larger parallel.tensor"
+        )
+    _check_tensor_size(config)
+    return parallel.replicate, shard, parallel.tensor
+
+
+def _check_tensor_size(config: RunConfig) -> None:
+    model, size = config.model, config.parallel.tensor
+    heads = 2 if model.attention_variant == "differential" else 1  # they work in pairs
+    for name, value, unit in (
+        ("num_heads", model.num_heads, heads),
+        ("num_kv_heads", model.num_kv_heads, heads),
+        ("intermediate_size", model.intermediate_size, 1),
+        ("vocab_size", model.vocab_size, 1),
+        ("hidden_size", model.d_inner, 1),
+    ):
+        if value % (size * unit):
+            what = f"{value} inner channels" if name == "hidden_size" else f"{value}"
+            pairs = " in whole pairs of heads" if unit == 2 else ""
+            raise ConfigError(
+                f"model.{name}: {what} cannot be divided among parallel.tensor = {size} "
+                f"processes{pairs}; use a parallel.tensor that divides it"
+            )
+
+
+def compute_device(device: Device, local_rank: int = 0) -> torch.device:
+    """The device a process computes on.
+
+    Raises:
+        ConfigError: CUDA is asked for, and there is no device for this process.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is Device.CPU or (device is Device.AUTO and available == 0):
+        return torch.device("cpu")
+    if available == 0:
+        raise ConfigError("device = 'cuda', but torch sees no CUDA device; use device=auto")
+    if local_rank >= available:
+        raise ConfigError(
+            f"device = {device.value!r}: this machine has {available} CUDA devices for more "
+            "processes; start as many processes per machine as it has devices"
+        )
+    return torch.device("cuda", local_rank) if local_rank or "RANK" in os.environ else (
+        torch.device("cuda")
+    )

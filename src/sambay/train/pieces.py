@@ -1,0 +1,223 @@
+"""The parts of a tensor that one process holds, and their way to and from a checkpoint.
+
+A checkpoint stores whole tensors cut into pieces; whoever reads it takes what it needs from any of
+them. So nothing in it depends on how many processes wrote it, or on how they shared the model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sambay.errors import CheckpointMismatch
+from sambay.files import WriteFailed
+from sambay.train.distributed import World
+
+
+class Part(NamedTuple):
+    """A block of a tensor: where it begins in the whole one, and its values (a view)."""
+
+    offsets: tuple[int, ...]
+    values: Tensor
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """The indices that select it from the whole tensor."""
+        return tuple(
+            slice(first, first + count)
+            for first, count in zip(self.offsets, self.values.shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor of `shape` of which this process holds `parts`, as `torch.distributed.checkpoint`
+    wants to see it."""
+
+    shape: torch.Size
+    parts: tuple[Part, ...]
+
+    def size(self) -> torch.Size:
+        """The shape of the whole tensor."""
+        return self.shape
+
+    def copied(self) -> Pieces:
+        """The same values in memory of their own, on the CPU."""
+        return Pieces(
+            self.shape,
+            tuple(
+                Part(part.offsets, part.values.detach().to("cpu", copy=True))
+                for part in self.parts
+            ),
+        )
+
+    def __create_write_items__(self, name: str, value: object) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import (
+            TensorWriteData,
+            WriteItem,
+            WriteItemType,
+        )
+
+        return [
+            WriteItem(
+                index=MetadataIndex(name, torch.Size(part.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=chunk,
+                    properties=TensorProperties.create_from_tensor(part.values),
+                    size=self.shape,
+                ),
+            )
+            for part, chunk in zip(self.parts, self.__create_chunk_list__(), strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        return [
+            ChunkStorageMetadata(torch.Size(part.offsets), part.values.shape)
+            for part in self.parts
+        ]
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        for part in self.parts:
+            if torch.Size(part.offsets) == index.offset:
+                return part.values
+        raise AssertionError(f"{index} was planned from these pieces")
+
+
+def pieces_of(tensor: Tensor) -> Pieces:
+    """What this process holds of a tensor, plain or distributed; the values are views."""
+    values = tensor.detach()
+    if not hasattr(values, "to_local"):
+        return Pieces(values.shape, (Part((0,) * values.dim(), values),))
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(values, DTensor)
+    local = values.to_local()
+    shape, offsets = compute_local_shape_and_global_offset(
+        values.shape, values.device_mesh, values.placements
+    )
+    assert tuple(shape) == tuple(local.shape), (shape, local.shape)
+    parts = (Part(tuple(offsets), local),) if local.numel() else ()
+    return Pieces(values.shape, parts)
+
+
+def save_pieces(tensors: Mapping[str, Pieces], folder: Path, world: World) -> None:
+    """Write the pieces of all processes into a folder that all of them see.
+
+    Raises:
+        WriteFailed: the operating system refused a process; all processes raise it.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    class Planner(DefaultSavePlanner):
+        def lookup_object(self, index: Any) -> Any:
+            return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+    _expect_one_process()
+    try:
+        dcp.save(
+            dict(tensors),
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=Planner(),
+            process_group=world.save_group,
+            no_dist=world.mesh is None,
+        )
+    except (CheckpointException, OSError) as error:
+        raise WriteFailed(_refusal(folder, error)) from error
+
+
+def load_pieces(tensors: Mapping[str, Pieces], folder: Path, world: World | None = None) -> None:
+    """Fill the pieces from a folder that `save_pieces` wrote, in place.
+
+    Without a world this process reads alone, whatever others do.
+
+    Raises:
+        CheckpointMismatch: a damaged or missing file.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    class Planner(DefaultLoadPlanner):
+        def set_up_planner(
+            self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
+        ) -> None:
+            # The inherited one allocates meta tensors and unpacks nested dictionaries; pieces are
+            # neither, and it does not know them.
+            self.state_dict = self.original_state_dict = state_dict
+            self.metadata, self.is_coordinator = metadata, is_coordinator
+
+        def lookup_tensor(self, index: Any) -> Tensor:
+            return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+    alone = world is None or world.mesh is None
+    _expect_one_process()
+    try:
+        dcp.load(
+            dict(tensors),
+            storage_reader=dcp.FileSystemReader(folder),
+            planner=Planner(flatten_state_dict=False),
+            process_group=None if world is None else world.save_group,
+            no_dist=alone,
+        )
+    except (CheckpointException, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointMismatch(
+            f"{folder} cannot be read ({str(error).splitlines()[0]}); remove it to continue from "
+            "an earlier checkpoint"
+        ) from error
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a folder that `save_pieces` wrote.
+
+    Raises:
+        CheckpointMismatch: the list of them is damaged or missing.
+    """
+    import pickle
+
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise CheckpointMismatch(f"{folder} cannot be read ({error}); remove it") from error
+    return {name: tuple(entry.size) for name, entry in stored.items() if hasattr(entry, "size")}
+
+
+def _expect_one_process() -> None:
+    """Keep torch from warning that there is no process group where none is meant to be."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
+
+
+def _refusal(folder: Path, error: Exception) -> str:
+    causes = list(_causes(error))
+    refused = [cause for cause in causes if isinstance(cause, OSError)]
+    reason = str((refused or causes)[0]).splitlines()[0]
+    if any(cause.errno == 28 for cause in refused):
+        return f"cannot write {folder}: the disk is full; free some space and run the command again"
+    return f"cannot write {folder}: {reason}; check the disk space and the permissions"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The errors that stand behind one, on any process, the first cause first."""
+    for failure in getattr(error, "failures", {}).values():
+        inner = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(inner, BaseException):
+            yield from _causes(inner)
+    if error.__cause__ is not None:
+        yield from _causes(error.__cause__)
+    if error.__context__ is not None and error.__context__ is not error.__cause__:
+        yield from _causes(error.__context__)
+    yield error
