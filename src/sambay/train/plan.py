@@ -53,9 +53,10 @@ def memory_estimate(config: RunConfig) -> MemoryEstimate:
         per_token = model.num_layers * model.hidden_size * 4 + 2 * max(blocks)
     else:
         per_token = sum(blocks) + max(blocks)
-    loss_chunk = min(chunk_tokens(model.vocab_size), tokens) * model.vocab_size * 4
+    loss_chunk = min(chunk_tokens(model.vocab_size), tokens) * model.vocab_size
+    loss_chunk *= 6 if is_bf16 else 4  # logits in float32, and in bf16 for the products
     table = model.vocab_size * model.hidden_size * 4
-    activations = tokens * (per_token + 2 * model.hidden_size * 4) + 2 * loss_chunk + table
+    activations = tokens * (per_token + 2 * model.hidden_size * 4) + loss_chunk + table
     return MemoryEstimate(
         weights=parameters * (6 if is_bf16 else 4),
         gradients=parameters * 4,
@@ -134,8 +135,8 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def chunk_tokens(vocab_size: int) -> int:
-    """The tokens whose logits the loss holds at a time: at most about 64 MiB of them."""
-    return min(max(2**24 // vocab_size, 64), 1024)
+    """The tokens whose logits the loss holds at a time: about 128 MiB of them in float32."""
+    return min(max(2**25 // vocab_size, 64), 1024)
 
 
 def _block_bytes(model: ModelConfig, layer: LayerSpec, value_bytes: int) -> int:
