@@ -65,7 +65,7 @@ def test_a_run_says_what_it_made_and_what_it_left_out(
         (["{texts}", "--vocab-size", "12"], "at least 257"),
         (["{texts}", "--tokenizer", "{texts}"], "has no tokenizer.json"),
         (["{texts}", "--vocab-size", "300", "--include", "*.md"], "--include"),
-        (["{texts}", "--vocab-size", "300", "--validation-fraction", "2"], "below 1"),
+        (["{texts}", "--vocab-size", "300", "--validation-fraction", "2"], "from 0 to 1"),
         (["{texts}", "--vocab-size", "300", "--workers", "0"], "--workers"),
     ],
 )

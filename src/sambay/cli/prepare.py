@@ -25,6 +25,9 @@ _LEFT_OUT = {
     "undecodable": "texts that are not UTF-8",
     "invalid_records": "lines that are no JSON object",
     "missing_text": "records without the text field",
+    "not_selected": "records of other values than --only",
+    "unknown_ids": "packed records with ids that --packed-tokenizer has not",
+    "no_records": "files without packed records",
     "unreadable_files": "unreadable files",
     "repeated_files": "files met a second time",
     "excluded": "files or folders excluded by pattern",
@@ -53,6 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         metavar="NAME",
         help="field of JSON lines, column of Parquet (default: text)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="read only records with this value, such as meta.source=books (repeatable)",
+    )
+    parser.add_argument(
+        "--packed-tokenizer",
+        metavar="PATH",
+        help="records hold input_ids of this tokenizer and indices of documents: decode them",
     )
     parser.add_argument(
         "--include",
@@ -112,6 +127,8 @@ def run(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         eos_token=args.eos_token,
         text_field=args.text_field,
+        only=tuple(args.only),
+        packed_tokenizer=args.packed_tokenizer,
         include=tuple(args.include),
         exclude=tuple(args.exclude),
         validation_fraction=args.validation_fraction,

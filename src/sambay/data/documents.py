@@ -1,4 +1,4 @@
-"""The documents of one file: text, JSON lines and Parquet, plain or compressed.
+"""The documents of one file: text, JSON lines, Parquet and packed ids, plain or compressed.
 
 A document is a non-blank text. What cannot be one is counted by reason, never guessed at:
     binary            a text with a NUL byte
@@ -9,6 +9,9 @@ A document is a non-blank text. What cannot be one is counted by reason, never g
     invalid_records   a line that is no JSON object
     missing_text      a record without a text in the field asked for
     cut               a text longer than the limit, cut at line breaks into several documents
+    not_selected      a record with other values than asked for
+    unknown_ids       a packed record with ids that its tokenizer has not
+    no_records        a file without records where packed ones are read
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from sambay.data.sources import JSONL, PARQUET, SourceFile
+from sambay.data.packed_files import DamagedError, read_mds, read_npz
+from sambay.data.records import ReadingRules, is_selected, note_missing, packed_texts
+from sambay.data.sources import JSONL, MDS, NPZ, PARQUET, SourceFile
 from sambay.data.streams import open_stream
 from sambay.errors import DataError, MissingPackage
 
@@ -38,14 +43,6 @@ class Document(NamedTuple):
 
     offset: int
     text: str
-
-
-class ReadingRules(NamedTuple):
-    """How files are read: the field or column of records, the separator and the limit of texts."""
-
-    text_field: str
-    document_separator: str
-    max_document_bytes: int
 
 
 class UnreadableFileError(DataError):
@@ -73,10 +70,13 @@ def read_documents(
             yield from _read_parquet(file, rules, counts, offset)
         else:
             with open_stream(file.path, file.compression, on_read) as stream:
+                if rules.packed_tokenizer is not None and file.kind != JSONL:
+                    yield from _read_packed(stream, file.kind, rules, counts, offset)
+                    return
                 _skip(stream, file, offset)
                 read = _read_lines if file.kind == JSONL else _read_texts
                 yield from read(stream, rules, counts, offset)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, DamagedError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableFileError(f"{file.path}: {reason}") from error
 
@@ -210,12 +210,36 @@ def _read_lines(
         if not isinstance(record, dict):
             counts["invalid_records"] += 1
             continue
-        value = record.get(rules.text_field)
-        if not isinstance(value, str):
-            _note_missing(counts, record.keys())
-            continue
-        for text in _pieces(_encode(value), rules, counts):
+        for text in _record_texts(record, rules, counts):
             yield Document(here, text)
+
+
+def _read_packed(
+    stream: BinaryIO, kind: str, rules: ReadingRules, counts: Counter[str], offset: int
+) -> Iterator[Document]:
+    read = {MDS: read_mds, NPZ: read_npz}.get(kind)
+    if read is None:
+        counts["no_records"] += 1
+        return
+    for number, record in enumerate(read(stream.read(), offset), start=offset):
+        for text in _record_texts(record, rules, counts):
+            yield Document(number, text)
+
+
+def _record_texts(
+    record: dict[str, Any], rules: ReadingRules, counts: Counter[str]
+) -> Iterator[str]:
+    if not is_selected(record, rules, counts):
+        return
+    if rules.packed_tokenizer is not None:
+        for data in packed_texts(record, rules, counts):
+            yield from _pieces(data, rules, counts)
+        return
+    value = record.get(rules.text_field)
+    if isinstance(value, str):
+        yield from _pieces(_encode(value), rules, counts)
+    else:
+        note_missing(counts, record.keys())
 
 
 def _parse(line: str) -> Any:
@@ -241,27 +265,48 @@ def _read_parquet(
     try:
         with pyarrow.parquet.ParquetFile(file.path) as table:
             names = table.schema_arrow.names
-            if rules.text_field not in names:
+            if not set(rules.columns) <= set(names):
                 counts["missing_text"] += table.metadata.num_rows - 1
-                _note_missing(counts, names)
+                note_missing(counts, names)
                 return
+            needed = [path[0] for path, _ in rules.only if path[0] in names]
             row, groups = 0, list(range(table.num_row_groups))
             while groups and row + table.metadata.row_group(groups[0]).num_rows <= offset:
                 row += table.metadata.row_group(groups.pop(0)).num_rows
-            batches = table.iter_batches(_ROWS, row_groups=groups, columns=[rules.text_field])
-            for batch in batches:
-                for value in _as_bytes(batch.column(0), pyarrow):
-                    if row < offset:
-                        pass
-                    elif value is None:
-                        _note_missing(counts, names)
-                    else:
-                        for text in _pieces(value, rules, counts):
-                            yield Document(row, text)
+            columns = list(dict.fromkeys((*rules.columns, *needed)))
+            for batch in table.iter_batches(_ROWS, row_groups=groups, columns=columns):
+                for record in _rows(batch, rules, needed, pyarrow):
+                    if row >= offset and is_selected(record, rules, counts):
+                        for data in _row_texts(record, rules, counts, names):
+                            for text in _pieces(data, rules, counts):
+                                yield Document(row, text)
                     row += 1
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise UnreadableFileError(f"{file.path}: {reason}") from error
+
+
+def _rows(
+    batch: Any, rules: ReadingRules, needed: list[str], pyarrow: Any
+) -> Iterator[dict[str, Any]]:
+    columns = {name: batch.column(name).to_pylist() for name in needed}
+    for name in rules.columns:
+        column = batch.column(name)
+        texts = rules.packed_tokenizer is None
+        columns[name] = _as_bytes(column, pyarrow) if texts else column.to_pylist()
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
+
+
+def _row_texts(
+    record: dict[str, Any], rules: ReadingRules, counts: Counter[str], names: list[str]
+) -> Iterator[bytes]:
+    if rules.packed_tokenizer is not None:
+        yield from packed_texts(record, rules, counts)
+    elif record[rules.text_field] is None:
+        note_missing(counts, names)
+    else:
+        yield record[rules.text_field]
 
 
 def _as_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
@@ -275,11 +320,3 @@ def _as_bytes(column: Any, pyarrow: Any) -> list[bytes | None]:
     ):
         return [None] * len(column)
     return column.cast(pyarrow.large_binary()).to_pylist()
-
-
-def _note_missing(counts: Counter[str], names: Any) -> None:
-    """Count a record without text; the names it has help to word the error."""
-    counts["missing_text"] += 1
-    if not any(key.startswith("field:") for key in counts):
-        for name in list(names)[:8]:
-            counts[f"field:{name}"] += 1

@@ -28,6 +28,7 @@ _DEFAULT_SHARDS = 64
 _SMALLEST_SHARD = 1 << 20
 _LARGEST_SHARD = 256 << 20
 _ESTIMATE_BYTES = 1 << 20
+_USUAL_BYTES_PER_TOKEN = 4
 
 
 class Segment(NamedTuple):
@@ -168,6 +169,8 @@ def _unit_bytes(scan: Scan, settings: PrepareSettings, tokenizer: Tokenizer) -> 
         tokens += len(tokenizer.encode_array(piece))
         if size >= _ESTIMATE_BYTES:
             break
+    if not tokens:  # all documents are held out, so there is no sample
+        size, tokens = _USUAL_BYTES_PER_TOKEN, 1
     return max(1, settings.shard_tokens * size // max(1, tokens))
 
 
@@ -203,7 +206,7 @@ def check_splits(scan: Scan, fraction: float) -> None:
             f"no document of {total} falls into the validation split; use --validation-fraction "
             f"{enough:.6f} or more (0 for none), or --max-document-bytes to cut long texts"
         )
-    if held_out == total:
+    if held_out == total and fraction < 1:
         raise DataError(
             f"all {total} documents fall into the validation split; lower --validation-fraction "
             "(0 for none), or cut long texts with --max-document-bytes"

@@ -126,7 +126,9 @@ def is_validation(content: int, fraction: float) -> bool:
 
 def are_validation(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """`is_validation` of many."""
-    return hashes < np.uint64(round(fraction * _HASHES))
+    limit = round(fraction * _HASHES)
+    # 2^64 itself is no uint64, and all hashes are below it.
+    return hashes < np.uint64(limit) if limit < _HASHES else np.ones(len(hashes), bool)
 
 
 def fraction_of(content: int) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from sambay.data.documents import ReadingRules
+from sambay.data.records import ReadingRules, packed_tokenizer
 from sambay.errors import ConfigError
 
 # 256 bytes and the end-of-sequence token.
@@ -30,6 +30,9 @@ class PrepareSettings:
         shard_tokens: approximate tokens per shard; None: 64 shards of 1 to 256 MiB of text.
         max_document_bytes: longer texts are cut at a line break into several documents.
         document_separator: where plain texts are cut into documents; "" for one per file.
+        only: "FIELD=VALUE", which a record must have to be read; FIELD may be a.b for nested ones.
+        packed_tokenizer: path of the tokenizer that made the ids of packed records (`input_ids`
+            and `indices`), which are decoded and tokenized again; None: records have texts.
     """
 
     vocab_size: int | None = None
@@ -42,6 +45,8 @@ class PrepareSettings:
     shard_tokens: int | None = None
     max_document_bytes: int = 16 << 20
     document_separator: str = ""
+    only: tuple[str, ...] = ()
+    packed_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         if (self.vocab_size is None) == (self.tokenizer is None):
@@ -58,14 +63,28 @@ class PrepareSettings:
                 raise ConfigError(
                     "--eos-token belongs to --tokenizer; a trained tokenizer has its own, drop it"
                 )
-        strings = (self.text_field, self.document_separator, *self.include, *self.exclude)
+        strings = (
+            self.text_field,
+            self.document_separator,
+            *self.include,
+            *self.exclude,
+            *self.only,
+        )
         for text in strings:
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise ConfigError(f"{text!r} is not valid UTF-8; give it in that encoding")
-        if not 0 <= self.validation_fraction < 1:
+        if not 0 <= self.validation_fraction <= 1:
             raise ConfigError(
-                f"--validation-fraction {self.validation_fraction} must be at least 0 and below 1"
+                f"--validation-fraction {self.validation_fraction} must be from 0 to 1"
             )
+        if self.validation_fraction == 1 and self.vocab_size is not None:
+            raise ConfigError(
+                "--validation-fraction 1 leaves no text to train a tokenizer on; give --tokenizer "
+                "with that of the training set"
+            )
+        for text in self.only:
+            if not all(text.partition("=")):
+                raise ConfigError(f"--only {text!r} is not of the form FIELD=VALUE; write it so")
         if self.shard_tokens is not None and self.shard_tokens < 1:
             raise ConfigError(f"--shard-tokens {self.shard_tokens} must be at least 1")
         if self.max_document_bytes < SMALLEST_DOCUMENT_LIMIT:
@@ -76,12 +95,25 @@ class PrepareSettings:
 
     @property
     def reading(self) -> ReadingRules:
-        return ReadingRules(self.text_field, self.document_separator, self.max_document_bytes)
+        pairs = [text.partition("=") for text in self.only]
+        return ReadingRules(
+            self.text_field,
+            self.document_separator,
+            self.max_document_bytes,
+            tuple((tuple(field.split(".")), value) for field, _, value in pairs),
+            self.packed_tokenizer,
+        )
 
     def record(self) -> dict[str, Any]:
         """The settings as the manifest keeps them, where fingerprints stand for tokenizers."""
         fields = dataclasses.asdict(self)
         del fields["tokenizer"], fields["eos_token"]
+        # Sets made before there were these choices have no record of them.
+        only, packed = fields.pop("only"), fields.pop("packed_tokenizer")
+        if only:
+            fields["only"] = sorted(set(only))
+        if packed is not None:
+            fields["packed_tokenizer"] = packed_tokenizer(packed).sha256
         return {
             **fields,
             "include": sorted(set(self.include)),

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from sambay.errors import DataError
 
-TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
+TEXT, JSONL, PARQUET, MDS, NPZ = "text", "jsonl", "parquet", "mds", "npz"
 PLAIN, GZIP, ZSTD = "", "gzip", "zstd"
 
 _COMPRESSION = {".gz": GZIP, ".zst": ZSTD, ".zstd": ZSTD}
-_KINDS = {".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET}
+_KINDS = {".jsonl": JSONL, ".ndjson": JSONL, ".parquet": PARQUET, ".mds": MDS, ".npz": NPZ}
 
 
 class SourceFile(NamedTuple):
@@ -101,7 +101,7 @@ def list_files(
 
 
 def classify(path: str) -> tuple[str, str]:
-    """The kind ("text", "jsonl", "parquet") and compression ("", "gzip", "zstd") a name implies.
+    """The kind and compression ("", "gzip", "zstd") a name implies.
 
     Compressed `.json` files are taken as one JSON object a line, which is how corpora publish
     them; a plain `.json` file is a text like any other.
