@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sambay.data.batches import evaluation_batches, num_windows, read_batch
+from sambay.data.batches import IGNORE, evaluation_batches, num_windows, read_batch
 from sambay.data.sampler import sample_indices
 from sambay.data.shards import TokenDataset
 from sambay.errors import DataError
@@ -45,23 +45,43 @@ def test_segments_number_the_documents_of_a_row(dataset: TokenDataset) -> None:
             document += token == dataset.eos_id
 
 
+def test_no_label_crosses_the_end_of_a_document(dataset: TokenDataset) -> None:
+    rows = range(num_windows(dataset, 61))
+    joined, separate = (read_batch(dataset, rows, 61, segments=flag) for flag in (False, True))
+    ends = separate.input_ids == dataset.eos_id
+    assert torch.equal(joined.input_ids, separate.input_ids)
+    assert ends.any()
+    assert (separate.labels[ends] == IGNORE).all()
+    assert torch.equal(separate.labels[~ends], joined.labels[~ends])
+    # The end itself is learned: it is the label of the last token of text.
+    assert (separate.labels == dataset.eos_id).any()
+
+
 @pytest.mark.parametrize(("length", "rows"), [(64, 4), (61, 7), (1000, 3)])
+@pytest.mark.parametrize("segments", [False, True])
 def test_evaluation_sees_every_label_and_byte_once(
-    dataset: TokenDataset, length: int, rows: int
+    dataset: TokenDataset, length: int, rows: int, segments: bool
 ) -> None:
-    inputs, labels, total, position = [], [], 0, 0
-    for batch in evaluation_batches(dataset, length, rows, segments=True):
+    inputs, labels, total, counted, position = [], [], 0, 0, 0
+    for batch in evaluation_batches(dataset, length, rows, segments=segments):
         assert batch.start == position
-        assert batch.segments is not None
-        assert batch.text_bytes == len(dataset.text(position + 1, batch.num_labels))
-        position += batch.num_labels
+        assert (batch.segments is not None) == segments
+        assert batch.num_labels == int((batch.labels != IGNORE).sum())
+        position += batch.labels.numel()
         inputs += batch.input_ids.flatten().tolist()
         labels += batch.labels.flatten().tolist()
         total += batch.text_bytes
+        counted += batch.num_labels
     tokens = dataset.read(0, dataset.num_tokens).tolist()
     assert inputs == tokens[:-1]
-    assert labels == tokens[1:]
-    assert total == dataset.text_bytes - dataset.count_bytes(0, 1)
+    firsts = [0, *(number + 1 for number, one in enumerate(tokens[:-1]) if one == dataset.eos_id)]
+    left_out = firsts if segments else firsts[:1]
+    expected = list(tokens)
+    for number in left_out:
+        expected[number] = IGNORE
+    assert labels == expected[1:]
+    assert counted == dataset.num_tokens - len(left_out)
+    assert total == dataset.text_bytes - sum(dataset.count_bytes(one, 1) for one in left_out)
 
 
 def test_evaluation_can_stop_early(dataset: TokenDataset) -> None:
