@@ -99,4 +99,4 @@ def test_the_pattern_is_part_of_the_format() -> None:
     assert sources.tolist() == GOLDEN * 2
 
 
-GOLDEN = [0, 1, 0, 2, 0, 1, 0, 1, 2, 0]
+GOLDEN = [0, 1, 0, 2, 0, 1, 0, 1, 0, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_every_token_is_a_label_once(dataset: TokenDataset, length: int) -> None
     inputs, labels, segments = packed.read(np.arange(packed.num_rows))
     counted = labels != IGNORE
     documents = [dataset.document(n).tolist() for n in range(dataset.num_documents)]
-    expected = sorted(pair for one in documents for pair in zip(one[:-1], one[1:], strict=True))
+    expected = sorted(pair for one in documents for pair in pairwise(one))
     found = sorted(zip(inputs[counted].tolist(), labels[counted].tolist(), strict=True))
     assert found == expected
     assert packed.num_labels == len(expected)
