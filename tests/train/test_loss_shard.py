@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from sambay.train.loss import IGNORE, VocabularyShard, cross_entropy
 
@@ -65,9 +65,13 @@ def _process(rank: int, rendezvous: str) -> None:
                     values = [torch.empty_like(split.objective) for _ in range(2)]
                     dist.all_gather(values, split.objective.detach())
                     assert torch.equal(*values), "both processes see the same loss"
+    h, weight, labels = _inputs(torch.float64, ignored=False)
+    labels[2, 2] = VOCAB
+    with pytest.raises(IndexError, match="out of bounds of the 11 classes"):
+        cross_entropy(h, weight[:5], labels, shard=VocabularyShard(group, 0, VOCAB))
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_a_split_vocabulary_equals_a_whole_one(tmp_path: Path) -> None:
-    mp.spawn(_process, (str(tmp_path / "rendezvous"),), nprocs=2)
+    spawn(_process, (str(tmp_path / "rendezvous"),), nprocs=2)

@@ -139,7 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Not by save_for_backward: backward takes them away instead of making scaled copies.
         ctx.gradients, ctx.weight_dtype = (dh_MD, dweight_VD), weight_VD.dtype
         ctx.mark_non_differentiable(losses.nats, losses.z)
-        return tuple(losses)
+        return losses.objective, losses.nats, losses.z
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -162,6 +162,10 @@ def _chunked(
     """The losses, and the gradients of the objective that are wanted."""
     sums = {"dtype": torch.promote_types(h_MD.dtype, torch.float32), "device": h_MD.device}
     shard = settings.shard
+    if shard is not None:  # without, gathering refuses it
+        outside = (labels_M < 0) | (labels_M >= shard.vocab_size)
+        if bool(outside.any()):
+            raise IndexError(f"a label is out of bounds of the {shard.vocab_size} classes")
     matrix_VD = weight_VD.to(h_MD.dtype)
     dh_MD, dweight_VD = None, None
     if settings.wants_dh:  # the parts of several processes are added in fp32
