@@ -51,7 +51,8 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
     """The value a text means for a field of type `hint`.
 
     Whole numbers may be written 4_096 or 1e6, booleans true/false, an absent value None, lists of
-    whole numbers 1,2,4. Other lists and tables are given as JSON, or as the path of a JSON file.
+    whole numbers 1,2,4 and of known values a,b. Other lists and tables are given as JSON, or as
+    the path of a JSON file.
 
     Raises:
         ConfigError: names the field, the text and the expected type.
@@ -61,6 +62,10 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
         return None
     if options == tuple[int, ...] and not text.startswith("["):
         return tuple(parse_value(name, part.strip(), int) for part in text.split(","))
+    if get_origin(options) is tuple and not text.startswith("["):
+        (item, *_) = get_args(options)
+        if isinstance(item, type) and issubclass(item, StrEnum):
+            return tuple(_member(name, part.strip(), item) for part in text.split(","))
     if get_origin(options) in (tuple, dict):
         return value_from_json(_read_json(name, text), options, name)
     try:

@@ -112,6 +112,24 @@ def forward_flops(config: ModelConfig, tokens: int, *, last_only: bool = False) 
     return total
 
 
+def training_flops(
+    config: ModelConfig, tokens: int, *, head: bool = True, attention: bool = True
+) -> int:
+    """Floating-point operations of the matrix products of learning from one row of `tokens`.
+
+    Three times those of the forward, since the backward multiplies once more for the gradient of
+    the inputs and once for that of the weights; what is computed again to save memory does not
+    count. Looking up embeddings costs nothing; `head=False` leaves out the head too (a count
+    "without embeddings"). `attention=False` leaves out the visible pairs, so that 6 per matrix
+    parameter and token remain: for rows whose documents do not see each other, a lower bound.
+    """
+    costs = [layer_cost(config, layer) for layer in config.layers]
+    products = 2 * tokens * sum(cost.mixer_matmul + cost.mlp for cost in costs)
+    head_products = 2 * tokens * config.vocab_size * config.hidden_size
+    pairs = forward_flops(config, tokens) - products - head_products if attention else 0
+    return 3 * (products + pairs + (head_products if head else 0))
+
+
 def cache_bytes(
     config: ModelConfig, batch_size: int, length: int, *, kv_bytes: int, state_bytes: int = 4
 ) -> int:

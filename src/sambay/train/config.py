@@ -59,6 +59,14 @@ class OnExceed(StrEnum):
     REWIND = "rewind"
 
 
+class Sink(StrEnum):
+    """A tool that shows a run's numbers while it goes on."""
+
+    TENSORBOARD = "tensorboard"
+    TRACKIO = "trackio"
+    WANDB = "wandb"
+
+
 class Device(StrEnum):
     """Where to compute; "auto" takes CUDA if torch sees it."""
 
@@ -376,13 +384,34 @@ class ResilienceConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """How often a line goes to metrics.jsonl, and whether TensorBoard gets the same numbers."""
+    """What is measured how often, and who gets the numbers besides metrics.jsonl.
+
+    sinks: tools that show them; their runs are named after the run directory, in `project`.
+    tensorboard: the same as naming it in `sinks`.
+    peak_flops: what one device can do in a second at best, for the share of it that is used (MFU);
+        None: known for some GPUs in bf16, otherwise no share is given.
+    """
 
     every_steps: int = 1
     tensorboard: bool = False
+    sinks: tuple[Sink, ...] = ()
+    project: str = "sambay"
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         _check_int("logging.every_steps", self.every_steps, 1)
+        is_once = len(set(self.sinks)) == len(self.sinks)
+        _check(is_once, "logging.sinks", [sink.value for sink in self.sinks], "each once")
+        is_name = bool(self.project) and "/" not in self.project
+        _check(is_name, "logging.project", self.project, "a name without '/'")
+        if self.peak_flops is not None:
+            _check_number("logging.peak_flops", self.peak_flops, 1.0)
+
+    @property
+    def all_sinks(self) -> tuple[Sink, ...]:
+        """The sinks, with TensorBoard if it was asked for by its own field."""
+        is_extra = self.tensorboard and Sink.TENSORBOARD not in self.sinks
+        return (Sink.TENSORBOARD, *self.sinks) if is_extra else self.sinks
 
 
 @dataclass(frozen=True)
