@@ -29,12 +29,14 @@ from sambay.train.config import (
     EvaluationConfig,
     LoggingConfig,
     OptimizerConfig,
+    ResilienceConfig,
     RunConfig,
     ScheduleConfig,
 )
-from sambay.train.loop import TrainingDiverged, train
+from sambay.train.loop import train
 from sambay.train.metrics import MetricsLog, read_metrics
 from sambay.train.optim import build_optimizer
+from sambay.train.resilience import TrainingDiverged
 from sambay.train.run_dir import claimed
 from tests.tiny import tiny_config
 from tests.train.conftest import GLOBAL_BATCH, SEQUENCE, make_data
@@ -162,7 +164,7 @@ def test_a_nan_stops_with_a_diagnosis_and_keeps_the_checkpoint(
         )
 
     monkeypatch.setattr(trainer, "cross_entropy", poisoned)
-    config = make_config()
+    config = make_config(resilience=ResilienceConfig(max_skips=0))
     with pytest.raises(TrainingDiverged, match=r"step 4: the loss is nan .*gradient of \w+") as got:
         train(config, tmp_path)
     assert "step-00000002" in str(got.value)

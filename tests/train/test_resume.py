@@ -29,6 +29,7 @@ from sambay.train.config import (
 from sambay.train.display import Display
 from sambay.train.loop import train
 from sambay.train.metrics import read_metrics
+from sambay.train.pieces import load_pieces, pieces_of, stored_shapes
 from tests.train.conftest import GLOBAL_BATCH, SEQUENCE, make_data
 
 MakeConfig = Callable[..., RunConfig]
@@ -50,8 +51,9 @@ class StopAt(Display):
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     latest = CheckpointStore(run_dir, CheckpointConfig()).latest()
     assert latest is not None
-    model = load_file(latest / "model.safetensors")
-    return model | load_file(latest / "optimizer.safetensors")
+    tensors = {name: torch.zeros(shape) for name, shape in stored_shapes(latest).items()}
+    load_pieces({name: pieces_of(tensor) for name, tensor in tensors.items()}, latest)
+    return tensors
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def load(args: argparse.Namespace, path: Path) -> LoadedModel:
     from sambay.generate import Engine, TextGenerator
     from sambay.hf.loading import is_model_folder
     from sambay.hf.tokenizer import find_tokenizer, load_tokenizer
-    from sambay.train.checkpoint import load_checkpoint_model
+    from sambay.train.export import load_checkpoint_model
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -40,7 +40,7 @@ from sambay.model import LanguageModel
 from sambay.recipes.demo import demo_sambay, demo_transformer
 from sambay.spec.footprint import parameter_count
 from sambay.speed import GenerationSpeed, compare_generation
-from sambay.train.checkpoint import load_checkpoint_model
+from sambay.train.export import load_checkpoint_model
 from sambay.train.metrics import read_metrics
 
 RECIPES = {"SambaY": demo_sambay, "Transformer++": demo_transformer}

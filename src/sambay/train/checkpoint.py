@@ -1,75 +1,71 @@
 """Checkpoints: folders that are complete or invisible, and the exact continuation from them.
 
-checkpoints/step-00000100/ holds model.safetensors, optimizer.safetensors (both moments of AdamW)
-and state.json: step, tokens, seconds, the configuration, the hash of the data manifest and the
-SHA-256 of both files. Training draws no random numbers (batches are a function of seed and step),
-so there is no generator state to keep.
+checkpoints/step-00000100/ holds the weights and both moments of AdamW, cut into pieces by
+`torch.distributed.checkpoint` (*.distcp, .metadata), and state.json: how far the run has come, its
+configuration, the hashes of the data manifests and the SHA-256 of all files. Whatever the number
+of processes, the format is the same. All random numbers are functions of the seed and the step, so
+there is no generator state to keep.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from sambay.errors import CheckpointMismatch, ConfigError
+from sambay.errors import CheckpointMismatch
 from sambay.files import sha256_of, write_json
-from sambay.hf.loading import is_model_folder, load_model
-from sambay.model import LanguageModel
-from sambay.model.folder import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    build_from_weights,
-    check_tensors,
-    load_tensors,
-    stored_tensors,
-    write_tensors,
-)
 from sambay.model.publish import publish_folder, remove_folder, remove_leftovers
-from sambay.model.weights import WEIGHTS_FILE
-from sambay.spec.model_config import ModelConfig
 from sambay.train.config import CheckpointConfig, RunConfig
+from sambay.train.distributed import World
 from sambay.train.optim import optimizer_tensors, set_optimizer_step
-from sambay.train.run_dir import CHECKPOINTS, MODEL
+from sambay.train.pieces import Pieces, load_pieces, pieces_of, save_pieces, stored_shapes
+from sambay.train.run_dir import CHECKPOINTS
+from sambay.train.same_run import FORMAT_VERSION, STATE_FILE, read_state
 
-OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
-
-FORMAT_VERSION = 1
-
-# Fields that change no result (or its rounding only): a run may continue with other values.
-_FREE = (
-    "data.directory",
-    "data.verify",
-    "batch.micro_batch_size",
-    "evaluation.",
-    "checkpoint.",
-    "logging.",
-    "activation_checkpointing",
-    "device",
-    "threads",
-)
-_SCHEDULE = ("optimizer.", "schedule.", "regularisation.")
+MODEL_PREFIX = "model."
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """How far a run has come.
+
+    seconds: spent training, over all restarts.
+    skipped: steps whose update was left out.
+    rewinds: how often the run went back to a checkpoint, to continue with other data.
+    batch_offset: batches passed over by that: step n reads batch n + batch_offset.
+    recent_losses: of the last steps that were used, if loss spikes are looked for.
+    """
 
     step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # spent training, over all restarts
+    seconds: float = 0.0
+    skipped: int = 0
+    rewinds: int = 0
+    batch_offset: int = 0
+    recent_losses: tuple[float, ...] = ()
+
+    @property
+    def updates(self) -> int:
+        """How often the weights were changed."""
+        return self.step - self.skipped
 
 
 class CheckpointStore:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory, which all processes of the run see."""
 
-    def __init__(self, run_dir: Path, policy: CheckpointConfig) -> None:
+    def __init__(self, run_dir: Path, policy: CheckpointConfig, world: World | None = None) -> None:
         self.folder = run_dir / CHECKPOINTS
         self.policy = policy
+        self.world = world or World(torch.device("cpu"))
+        self._writer: _Writer | None = None
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
@@ -88,34 +84,61 @@ class CheckpointStore:
     def save(
         self,
         progress: Progress,
-        model: LanguageModel,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: RunConfig,
         manifest_hash: str,
     ) -> Path:
         """Publish a checkpoint, then remove those that the policy no longer keeps.
 
+        With `checkpoint.asynchronous` this returns as soon as the state is copied; `wait` tells
+        how it ended.
+
+        Raises:
+            WriteFailed: the operating system refused, this time or the time before; all earlier
+                checkpoints are still there.
+        """
+        self.wait()
+        path = self.path(progress.step)
+        tensors = state_pieces(model, optimizer)
+        state = {
+            "format_version": FORMAT_VERSION,
+            **asdict(progress),
+            "data_manifest": manifest_hash,
+            "processes": self.world.size,
+            "config": config.to_dict(),
+        }
+        if self.policy.asynchronous:
+            tensors = {name: pieces.copied() for name, pieces in tensors.items()}
+            self._writer = _Writer(self, path, tensors, state)
+            self._writer.start()
+        else:
+            self.write(path, tensors, state)
+        return path
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when no checkpoint is being written any more, or after some seconds.
+
         Raises:
             WriteFailed: the operating system refused; all earlier checkpoints are still there.
         """
-        path = self.path(progress.step)
-        with publish_folder(path) as folder:
-            write_tensors(folder / WEIGHTS_FILE, stored_tensors(model))
-            write_tensors(folder / OPTIMIZER_FILE, optimizer_tensors(optimizer, model))
-            state = {
-                "format_version": FORMAT_VERSION,
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "seconds": progress.seconds,
-                "data_manifest": manifest_hash,
-                "files": {
-                    name: sha256_of(folder / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)
-                },
-                "config": config.to_dict(),
-            }
-            write_json(folder / STATE_FILE, state)
-        self._prune()
-        return path
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.join(seconds)
+            if writer.error is not None:
+                raise writer.error
+
+    def write(self, path: Path, tensors: Mapping[str, Pieces], state: dict[str, Any]) -> None:
+        """Write and publish; all processes come here together, on their save group."""
+        world, group = self.world, self.world.save_group
+        with contextlib.ExitStack() as stack:
+            folder = world.on_main(lambda: stack.enter_context(publish_folder(path)), group)
+            save_pieces(tensors, folder, world)
+            own = world.everywhere(lambda: _checksums(folder, world.rank), group)
+            files = {name: sum_ for sums in world.gather(own, group) for name, sum_ in sums.items()}
+            world.on_main(lambda: write_json(folder / STATE_FILE, state | {"files": files}), group)
+            world.on_main(stack.close, group)
+        world.on_main(self._prune, group)
 
     def clean(self) -> None:
         """Remove what a killed process left half-written."""
@@ -128,7 +151,38 @@ class CheckpointStore:
                 remove_folder(self.path(step))
 
 
-def restore(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) -> Progress:
+class _Writer(threading.Thread):
+    """Writes a copied state while training goes on."""
+
+    def __init__(
+        self, store: CheckpointStore, path: Path, tensors: Mapping[str, Pieces], state: dict
+    ) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._job = (path, tensors, state)
+        self._store = store
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._store.write(*self._job)
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`, in the main thread
+            self.error = error
+        del self._job  # the copies
+
+
+def state_pieces(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Pieces]:
+    """What this process holds of weights and moments, by name; views of them."""
+    tensors = {MODEL_PREFIX + name: value for name, value in model.named_parameters()}
+    tensors |= optimizer_tensors(optimizer, model)
+    return {name: pieces_of(tensor) for name, tensor in tensors.items()}
+
+
+def restore(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World | None = None,
+) -> Progress:
     """How far the run of a checkpoint had come, after filling model and optimiser from it.
 
     `check_same_run` first tells whether it is a checkpoint of the same run.
@@ -136,144 +190,57 @@ def restore(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer) 
     Raises:
         CheckpointMismatch: a damaged file, or tensors of another model; nothing was changed.
     """
+    world = world or World(torch.device("cpu"))
     state = read_state(path)
-    check_files(path, state)
-    moments = optimizer_tensors(optimizer, model)
-    check_tensors(moments, path / OPTIMIZER_FILE)
-    load_tensors(stored_tensors(model), path / WEIGHTS_FILE)
-    load_tensors(moments, path / OPTIMIZER_FILE)
-    set_optimizer_step(optimizer, model.parameters(), state["step"])
-    return Progress(state["step"], state["tokens"], state["seconds"])
+    tensors = state_pieces(model, optimizer)
+
+    def check() -> None:
+        check_files(path, state, share=(world.rank, world.size))
+        stored = stored_shapes(path)
+        for name, pieces in tensors.items():
+            if stored.get(name) != tuple(pieces.shape):
+                raise CheckpointMismatch(
+                    f"{path}: tensor {name} has shape {stored.get(name)}, the model needs "
+                    f"{tuple(pieces.shape)}; it is a checkpoint of another model"
+                )
+
+    world.everywhere(check)
+    load_pieces(tensors, path, world)
+    progress = stored_progress(path, state)
+    set_optimizer_step(optimizer, model.parameters(), progress.updates)
+    return progress
 
 
-def check_same_run(
-    path: Path, config: RunConfig, manifest_hash: str, *, change_schedule: bool = False
-) -> dict[str, Any]:
-    """The state of a checkpoint that belongs to this configuration and data.
-
-    `change_schedule` permits other values in `optimizer`, `schedule` and `regularisation` than
-    the checkpoint's.
+def stored_progress(path: Path, state: dict[str, Any]) -> Progress:
+    """The progress in a checkpoint's state.
 
     Raises:
-        CheckpointMismatch: another configuration (names the first differing field and both
-            values), other data, or a damaged state.json.
+        CheckpointMismatch: an entry is missing.
     """
-    state = read_state(path)
-    allowed = _FREE + _SCHEDULE if change_schedule else _FREE
-    _check_same_config(path, state["config"], config, allowed)
-    # The sets of a mixture have their hashes in its order, between commas.
-    stored, mine = state["data_manifest"].split(","), manifest_hash.split(",")
-    for number, (theirs, hash_now) in enumerate(zip(stored, mine, strict=True)):
-        if theirs != hash_now:
-            folder = config.data.sources[number].directory
-            name = f"data.mixture: {folder!r}" if len(mine) > 1 else f"data.directory = {folder!r}"
-            raise CheckpointMismatch(
-                f"{name} holds other data (manifest {hash_now[:12]}) than {path} was trained on "
-                f"(manifest {theirs[:12]}); restore that data or use another --run-dir"
-            )
-    return state
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json.
-
-    Raises:
-        CheckpointMismatch: the file is missing, damaged or of another format.
-    """
-    file = path / STATE_FILE
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        version = state["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointMismatch(
-            f"{file} is missing or damaged ({error}); remove {path} to use an earlier checkpoint"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointMismatch(
-            f"{file}: format_version = {version!r}, this version of sambay reads {FORMAT_VERSION}"
-        )
-    return state
+        values = {name: state[name] for name in Progress.__dataclass_fields__}
+    except KeyError as error:
+        raise CheckpointMismatch(f"{path / STATE_FILE} has no {error}; remove {path}") from error
+    return Progress(**(values | {"recent_losses": tuple(values["recent_losses"])}))
 
 
-def check_files(path: Path, state: dict[str, Any]) -> None:
-    """Compare the files of a checkpoint with their checksums.
+def check_files(path: Path, state: dict[str, Any], *, share: tuple[int, int] = (0, 1)) -> None:
+    """Compare the files of a checkpoint with their checksums, or every n-th (first, n) of them.
 
     Raises:
         CheckpointMismatch: names the file that is missing or differs.
     """
-    for name, checksum in state["files"].items():
+    first, every = share
+    for name in sorted(state["files"])[first::every]:
         file = path / name
-        if not file.exists() or sha256_of(file) != checksum:
+        if not file.exists() or sha256_of(file) != state["files"][name]:
             raise CheckpointMismatch(
                 f"{file} is {'damaged (its checksum differs)' if file.exists() else 'missing'}; "
                 f"remove {path} to continue from an earlier checkpoint"
             )
 
 
-def load_checkpoint_model(
-    path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[LanguageModel, ModelConfig, Path]:
-    """The model, its configuration and the path of its tokenizer.json.
-
-    `path` is a run directory (its newest checkpoint, else its exported model), one checkpoint in
-    it, or a model folder.
-
-    Raises:
-        CheckpointMismatch: nothing of the kind is there, or it is damaged.
-    """
-    run_dir, checkpoint = path, None
-    if (path / STATE_FILE).exists():
-        run_dir, checkpoint = path.parent.parent, path
-    elif (path / CHECKPOINTS).is_dir():
-        checkpoint = CheckpointStore(path, CheckpointConfig()).latest()
-    if checkpoint is not None:
-        state = read_state(checkpoint)
-        check_files(checkpoint, state)
-        config = _stored_config(checkpoint, state["config"]).model
-        model = build_from_weights(config, checkpoint / WEIGHTS_FILE, dtype=dtype, device=device)
-        return model, config, run_dir / TOKENIZER_FILE
-    folder = path / MODEL if (path / MODEL / CONFIG_FILE).exists() else path
-    if not is_model_folder(folder):
-        raise CheckpointMismatch(
-            f"{path} holds no model; give a run directory of `sambay train` with at least one "
-            "checkpoint, a checkpoint, or a model folder"
-        )
-    model = load_model(folder, dtype=dtype, device=device)
-    return model, model.config, folder / TOKENIZER_FILE
-
-
-def _stored_config(path: Path, values: dict[str, Any]) -> RunConfig:
-    try:
-        return RunConfig.from_dict(values)
-    except ConfigError as error:
-        raise CheckpointMismatch(f"{path / STATE_FILE}: {error}") from error
-
-
-def _check_same_config(
-    path: Path, stored: dict[str, Any], config: RunConfig, allowed: tuple[str, ...]
-) -> None:
-    mine = _comparable(config)
-    for name, theirs in _comparable(_stored_config(path, stored)).items():
-        if mine[name] != theirs and not name.startswith(allowed):
-            hint = ", or continue with --change-schedule" if name.startswith(_SCHEDULE) else ""
-            raise CheckpointMismatch(
-                f"{name} = {mine[name]!r}, but {path} was made with {theirs!r}; "
-                f"set it back, or use another --run-dir or --fresh{hint}"
-            )
-
-
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """All fields by name; of the training sets only the weights, since folders may move."""
-    values = config.to_dict()
-    values["data"]["mixture"] = [source.weight for source in config.data.sources]
-    return _flat(values)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def _checksums(folder: Path, rank: int) -> dict[str, str]:
+    """Of the files this process wrote, by name."""
+    own = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
+    return {file.name: sha256_of(file) for file in own}

@@ -59,6 +59,16 @@ class Display:
         self._stream.flush()
 
 
+class Silence(Display):
+    """Shows nothing: for all processes of a run but one."""
+
+    def step(self, step: int, num_steps: int, tokens: int, seconds: float, loss: float) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+
 def duration(seconds: float) -> str:
     """A time as 0:42, 12:05 or 3:12:05."""
     minutes, rest = divmod(round(seconds), 60)

@@ -88,13 +88,13 @@ class World:
         """Wait until all processes are here."""
         self.max(0)
 
-    def on_main(self, action: Callable[[], _T]) -> _T:
+    def on_main(self, action: Callable[[], _T], group: dist.ProcessGroup | None = None) -> _T:
         """What `action` gave on the main process, on all; its user-facing error reaches all."""
         if self.mesh is None:
             return action()
         result, error = _attempt(action) if self.is_main else (None, None)
         told = [(result, None if error is None else str(error))]
-        dist.broadcast_object_list(told)
+        dist.broadcast_object_list(told, src=0, group=group)
         if error is not None:
             raise error
         result, message = told[0]
@@ -244,6 +244,8 @@ def compute_device(device: Device, local_rank: int = 0) -> torch.device:
             f"device = {device.value!r}: this machine has {available} CUDA devices for more "
             "processes; start as many processes per machine as it has devices"
         )
-    return torch.device("cuda", local_rank) if local_rank or "RANK" in os.environ else (
-        torch.device("cuda")
+    return (
+        torch.device("cuda", local_rank)
+        if local_rank or "RANK" in os.environ
+        else (torch.device("cuda"))
     )

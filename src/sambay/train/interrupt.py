@@ -13,12 +13,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM is only noted; a second one acts as usual.
 
-    `signal_number` is None until then. Outside the main thread, where Python allows no handlers,
-    nothing is caught.
+    `signal_number` is None until then. With `insistent=False` further ones change nothing: one of
+    many processes gets the same signal from several sides (the terminal, torchrun), and torchrun
+    ends by itself what does not end in time. Outside the main thread, where Python allows no
+    handlers, nothing is caught.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, insistent: bool = True) -> None:
         self.signal_number: int | None = None
+        self._insistent = insistent
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -36,7 +39,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        self._restore()
+        if self._insistent:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -52,8 +52,7 @@ class Pieces:
         return Pieces(
             self.shape,
             tuple(
-                Part(part.offsets, part.values.detach().to("cpu", copy=True))
-                for part in self.parts
+                Part(part.offsets, part.values.detach().to("cpu", copy=True)) for part in self.parts
             ),
         )
 
@@ -82,8 +81,7 @@ class Pieces:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
         return [
-            ChunkStorageMetadata(torch.Size(part.offsets), part.values.shape)
-            for part in self.parts
+            ChunkStorageMetadata(torch.Size(part.offsets), part.values.shape) for part in self.parts
         ]
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import platform
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +54,22 @@ def claimed(run_dir: Path) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
+
+
+def check_writable(run_dir: Path) -> None:
+    """Make sure that this process can write there, on whatever machine it runs.
+
+    Raises:
+        WriteFailed: it cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise WriteFailed(
+            f"cannot write to the run directory {run_dir} on {platform.node()}: {error.strerror}; "
+            "all processes need the same directory, with permission to write"
+        ) from error
 
 
 def start_afresh(run_dir: Path) -> None:
