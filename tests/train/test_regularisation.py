@@ -22,6 +22,7 @@ from sambay.train.config import (
 from sambay.train.loop import train
 from sambay.train.metrics import read_metrics
 from sambay.train.noise import reproducible_noise
+from sambay.train.plan import without_effect
 from sambay.train.trainer import Trainer
 from tests.train.conftest import GLOBAL_BATCH, SEQUENCE
 from tests.train.test_resume import StopAt, assert_same_run, final_tensors, lines
@@ -153,6 +154,31 @@ def test_a_diverging_run_may_go_on_with_dropout(make_config: MakeConfig, tmp_pat
 def test_values_out_of_range_are_named(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^regularisation\.{field} = "):
         RegularisationConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "dropout", "starts", "expected"),
+    [
+        ("sambay", 0.05, (2, 3), []),
+        ("sambay", 0.05, (0, None), []),
+        ("sambay", 0.0, (0, 0), []),
+        ("sambay", 0.0, (2, 0), ["self_decoder_from_step has no effect"]),
+        ("sambay", 0.05, (5, 6), ["cross_decoder_from_step = 6 is never reached"]),
+        ("transformer++", 0.05, (2, 3), ["cross_decoder_from_step has no effect on a model"]),
+    ],
+)
+def test_starts_without_effect_are_pointed_out(
+    name: str,
+    dropout: float,
+    starts: tuple[int, int | None],
+    expected: list[str],
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(name, regularisation=RegularisationConfig(0.0, 0.0, dropout, *starts))
+    found = without_effect(config)
+    assert len(found) == len(expected)
+    for line, part in zip(found, expected, strict=True):
+        assert line.startswith(f"regularisation.{part}")
 
 
 def test_a_configuration_survives_json(make_config: MakeConfig) -> None:

@@ -78,6 +78,18 @@ def without_effect(config: RunConfig) -> list[str]:
         lines.append(f"schedule.decay_fraction has no effect with kind={schedule.kind.value}")
     if schedule.kind is ScheduleKind.CONSTANT and schedule.minimum_factor != 0:
         lines.append("schedule.minimum_factor has no effect with kind=constant")
+    has_cross = any(layer.kind is LayerKind.CROSS for layer in config.model.layers)
+    for decoder in ("self", "cross"):
+        name = f"regularisation.{decoder}_decoder_from_step"
+        start = getattr(config.regularisation, f"{decoder}_decoder_from_step")
+        if not start:  # the default, or never, which is true in any case
+            continue
+        if config.regularisation.attention_dropout == 0:
+            lines.append(f"{name} has no effect with attention_dropout=0")
+        elif decoder == "cross" and not has_cross:
+            lines.append(f"{name} has no effect on a model without cross-attention")
+        elif start >= config.num_steps:
+            lines.append(f"{name} = {start} is never reached: the run has {config.num_steps} steps")
     return lines
 
 
