@@ -175,9 +175,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Weight decay applies to matrix-like parameters only.
+    """AdamW. `weight_decay` applies to matrix-like parameters only.
 
     `matrix_learning_rate_factor` multiplies the rate of matrix-like parameters (muP: d0/d).
+    `vector_weight_decay` applies to all others; models in standard parametrisation decay them too.
     """
 
     peak_learning_rate: float
@@ -187,6 +188,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    vector_weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         name = "optimizer.peak_learning_rate"
@@ -199,7 +201,8 @@ class OptimizerConfig:
             _check_number(f"optimizer.{name}", value, 0.0, 1.0)
             _check(value < 1, f"optimizer.{name}", value, "less than 1")
         _check_number("optimizer.eps", self.eps, 0.0)
-        _check_number("optimizer.weight_decay", self.weight_decay, 0.0)
+        for name in ("weight_decay", "vector_weight_decay"):
+            _check_number(f"optimizer.{name}", getattr(self, name), 0.0)
         _check_number("optimizer.clip_norm", self.clip_norm, 0.0)
         _check(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "greater than 0")
 
