@@ -33,7 +33,8 @@ from sambay.train.pieces import load_pieces, pieces_of, stored_shapes
 from tests.train.conftest import GLOBAL_BATCH, SEQUENCE, make_data
 
 MakeConfig = Callable[..., RunConfig]
-QUIET = ("seconds", "tokens_per_second")  # measured, so they differ from run to run
+# Measured, so they differ from run to run.
+QUIET = ("seconds", "tokens_per_second", "memory/host", "memory/host_peak")
 
 
 class StopAt(Display):

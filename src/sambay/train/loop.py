@@ -27,6 +27,7 @@ from sambay.train.run_dir import (
     write_head,
 )
 from sambay.train.same_run import check_same_run
+from sambay.train.sinks import require_sinks
 from sambay.train.sources import ValidationSet, open_batches, open_validation
 from sambay.train.steps import Run, Steps
 from sambay.train.trainer import Trainer
@@ -96,6 +97,7 @@ def _open_data(config: RunConfig, *, verify: bool) -> tuple[BatchSource, list[Va
 def _prepare(run: Run, *, fresh: bool, change_schedule: bool) -> Path | None:
     """Bring the run directory in order; the checkpoint to continue from, if there is one."""
     config, run_dir = run.config, run.run_dir
+    require_sinks(config.logging)
     if fresh:
         start_afresh(run_dir)
     store = CheckpointStore(run_dir, config.checkpoint)

@@ -1,6 +1,7 @@
 """The run directory: who may write there, what is in it, and whether the disk can hold it.
 
-config.json, tokenizer.json, metrics.jsonl, checkpoints/, tensorboard/ and, at the end, model/.
+config.json, tokenizer.json, environment.json, metrics.jsonl, checkpoints/, tensorboard/, wandb/
+and, at the end, model/ and summary.html.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from sambay.train.config import RunConfig, read_run_config
 from sambay.train.plan import size_text
 
 CONFIG, METRICS, CHECKPOINTS, MODEL = "config.json", "metrics.jsonl", "checkpoints", "model"
-TENSORBOARD, LOCK = "tensorboard", ".lock"
+ENVIRONMENT, SUMMARY = "environment.json", "summary.html"
+TENSORBOARD, WANDB, LOCK = "tensorboard", "wandb", ".lock"
 
 
 @contextlib.contextmanager
@@ -78,7 +80,8 @@ def start_afresh(run_dir: Path) -> None:
     Raises:
         ConfigError: the directory holds files of these names but no config.json of a run.
     """
-    names = (METRICS, CHECKPOINTS, MODEL, TENSORBOARD, *TOKENIZER_FILES, CONFIG)
+    ours = (METRICS, CHECKPOINTS, MODEL, TENSORBOARD, WANDB, ENVIRONMENT, SUMMARY)
+    names = (*ours, *TOKENIZER_FILES, CONFIG)
     if not any((run_dir / name).exists() for name in names):
         return
     read_run_config(run_dir / CONFIG)

@@ -15,12 +15,16 @@ from sambay.train.checkpoint import CheckpointStore, Progress, restore
 from sambay.train.config import OnExceed, RunConfig
 from sambay.train.display import Display
 from sambay.train.distributed import ToldByAnother, World
+from sambay.train.environment import record_start
 from sambay.train.evaluate import Evaluation, evaluate_all
 from sambay.train.interrupt import StopRequest
 from sambay.train.metrics import MetricsLog
+from sambay.train.norms import learning_rate_metrics, role_norm_metrics
 from sambay.train.resilience import TrainingDiverged, is_usable, remember
 from sambay.train.schedule import learning_rate
+from sambay.train.sinks import SinkRun, open_sinks
 from sambay.train.sources import ValidationSet, source_metrics
+from sambay.train.throughput import Gauges
 from sambay.train.trainer import Learned, Trainer
 
 _FAILED = signal.NSIG  # above all signals, where processes agree why to stop
@@ -45,16 +49,18 @@ class Steps:
         self.run, self.config, self.world = run, run.config, run.world
         self.trainer = trainer
         self.store = CheckpointStore(run.run_dir, run.config.checkpoint, run.world)
+        self.gauges = Gauges(run.config, run.world)
         self.evaluation: Evaluation | None = None
 
     def go(self, progress: Progress) -> tuple[Progress, int | None]:
         """Where it ended, and the signal that ended it, if one did."""
+        run_name = self._record_start(progress.step)
         with (
             StopRequest(insistent=self.world.mesh is None) as stop,
             self._finished_checkpoint(),
         ):
             while True:
-                with self._log(progress.step) as metrics:
+                with self._log(progress.step, run_name) as metrics:
                     progress, has_ended = self._until_trouble(progress, stop, metrics)
                 if has_ended:
                     self.store.wait()
@@ -79,6 +85,8 @@ class Steps:
             batch = self.run.batches.batch(batch_number, world.rows(config.batch.global_batch_size))
             learned = self.trainer.gradients(batch, progress.step)
             is_used = is_usable(learned, progress.recent_losses, config.resilience)
+            # Before they are clipped or forgotten.
+            norms = role_norm_metrics(self.trainer.model) if self._logs(progress.step + 1) else {}
             if is_used:
                 self.trainer.update(rate, learned)
                 bad_steps = 0
@@ -90,7 +98,7 @@ class Steps:
                 self.run.display.message(f"step {progress.step + 1} skipped: {problem}")
             seconds = time.perf_counter() - started
             progress = self._after(progress, learned, seconds, is_used=is_used)
-            values = self._measure(progress, learned, rate, seconds)
+            values = self._measure(progress, learned, rate, seconds, norms)
             if values and metrics is not None:
                 try:
                     metrics.write(values)
@@ -130,20 +138,22 @@ class Steps:
         )
 
     def _measure(
-        self, progress: Progress, learned: Learned, rate: float, seconds: float
+        self,
+        progress: Progress,
+        learned: Learned,
+        rate: float,
+        seconds: float,
+        norms: dict[str, float],
     ) -> dict[str, float]:
         """What to log after a step; nothing for most steps, if so configured."""
         config, step = self.config, progress.step
         self.run.display.step(step, config.num_steps, config.tokens_per_step, seconds, learned.loss)
         is_final = step == config.num_steps
         values: dict[str, float] = {}
-        if step % config.logging.every_steps == 0 or is_final:
-            values |= {
-                "loss": learned.loss,
-                "learning_rate": rate,
-                "gradient_norm": learned.gradient_norm,
-                "tokens_per_second": config.tokens_per_step / seconds,
-            }
+        if self._logs(step):
+            values |= {"loss": learned.loss, "gradient_norm": learned.gradient_norm} | norms
+            values |= learning_rate_metrics(self.trainer.model, self.trainer.optimizer, rate)
+            values |= self.gauges.metrics(seconds)
             values |= source_metrics(self.run.batches, step + progress.batch_offset)
             if config.regularisation.changes_objective:
                 values["objective"] = learned.objective
@@ -155,6 +165,9 @@ class Steps:
         head = {"step": step, "tokens": progress.tokens, "seconds": progress.seconds}
         counts = {"skipped": progress.skipped, "rewinds": progress.rewinds}
         return head | {name: count for name, count in counts.items() if count} | values
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.logging.every_steps == 0 or step == self.config.num_steps
 
     def _evaluate(self, step: int) -> Evaluation:
         evaluation = evaluate_all(self.trainer.loss, self.run.validation, self.config)
@@ -206,14 +219,26 @@ class Steps:
             seconds=progress.seconds,
         )
 
-    def _log(self, last_step: int) -> contextlib.AbstractContextManager[MetricsLog | None]:
-        made: list[MetricsLog] = []
-        tensorboard = self.config.logging.tensorboard
-        self.world.on_main(
-            lambda: made.append(
-                MetricsLog(self.run.run_dir, last_step=last_step, tensorboard=tensorboard)
-            )
+    def _record_start(self, step: int) -> str:
+        """Write down where this call computes; the name of the run for its sinks."""
+        folder = self.run.run_dir.resolve()
+        return self.world.on_main(
+            lambda: f"{folder.name}-{record_start(folder, self.world, self.gauges, step).run_id}"
         )
+
+    def _log(
+        self, last_step: int, run_name: str
+    ) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        config, run_dir = self.config, self.run.run_dir
+        made: list[MetricsLog] = []
+
+        def make() -> None:
+            sink_run = SinkRun(run_dir, config.logging.project, run_name, config, last_step + 1)
+            sinks = open_sinks(sink_run)
+            warn = self.run.display.message
+            made.append(MetricsLog(run_dir, last_step=last_step, sinks=sinks, warn=warn))
+
+        self.world.on_main(make)
         return made[0] if made else contextlib.nullcontext()
 
     @contextlib.contextmanager
