@@ -72,7 +72,7 @@ def test_dry_run_of_a_large_model_is_instant_and_checks_the_data() -> None:
     )
     assert result.returncode == 2
     assert "1,065,818,688" in result.stdout
-    assert "48,351 steps" in result.stdout
+    assert "48,334 steps" in result.stdout
     assert result.stderr.startswith("error: nowhere has no manifest.json")
     assert result.stderr.count("\n") == 1
 

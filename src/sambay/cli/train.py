@@ -3,8 +3,9 @@
 RECIPE is a name (see below), FILE.py:FUNCTION, or the config.json of an earlier run. Running the
 same command again continues from the last checkpoint; Ctrl-C saves one first.
 
-example:
+examples:
   sambay train demo_sambay optimizer.peak_learning_rate=1e-3 --run-dir runs/first
+  sambay train ladder architecture=sambay+da depth=8 --dry-run
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `sambay train`."""
+    from sambay.cli.recipe_words import arguments_of
     from sambay.recipes.catalogue import RECIPES
 
-    parser.epilog = "recipes:\n" + "\n".join(
-        f"  {name:<18} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
-    )
+    lines = []
+    for name, recipe in RECIPES.items():
+        lines.append(f"  {name:<16} {(recipe.__doc__ or '').splitlines()[0]}")
+        arguments = [f"{one.name}={one.default}" for one in arguments_of(recipe).values()]
+        lines += [f"  {'':<16} ({', '.join(arguments)})"] if arguments else []
+    parser.epilog = "recipes, with their arguments:\n" + "\n".join(lines)
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.field=value",
-        help="changes to the recipe, for example data.directory=my/data model.window=64",
+        help="the recipe's arguments, and changes: depth=8 data.directory=my/data model.window=64",
     )
     parser.add_argument(
         "--run-dir", type=Path, metavar="DIR", help="where the run lives (default: runs/RECIPE)"
@@ -48,13 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 0 when finished, 128 + signal number when stopped by one."""
-    from sambay.cli.overrides import apply_overrides
-    from sambay.recipes.catalogue import find_recipe
+    from sambay.cli.recipe_words import configured
     from sambay.train.data_checks import check_data, describe_data
     from sambay.train.plan import describe, without_effect
 
-    name, config = find_recipe(args.recipe)
-    config = apply_overrides(config, args.overrides)
+    name, config = configured(args.recipe, args.overrides)
     run_dir: Path = args.run_dir or Path("runs") / name
     for line in without_effect(config):
         print(f"warning: {line}", file=sys.stderr)

@@ -1,38 +1,91 @@
-"""The published 1B models (arXiv 2507.06607, section 3.1, table 7, appendix D): depth 16, muP++."""
+"""The scaling runs of arXiv 2507.06607 (section 3, appendices C and D) on SlimPajama.
+
+The data is text with the Llama-2 tokenizer (32,000 entries), documents one after another.
+"""
 
 from __future__ import annotations
 
-from sambay.spec import ModelConfig, presets
+from typing import Any
+
+from sambay.scaling.horizon import (
+    WARMUP_TOKENS,
+    matrix_learning_rate_factor,
+    peak_learning_rate,
+    token_budget,
+)
+from sambay.spec import InitScheme, Parametrization, presets
 from sambay.train.config import (
     ActivationCheckpointing,
     BatchConfig,
+    CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     OptimizerConfig,
     Precision,
     RunConfig,
     ScheduleConfig,
 )
 
+LENGTH, ROWS = 4096, 512  # a step of 2^21 tokens
+
 
 def sambay_1b() -> RunConfig:
     """SambaY at depth 16: 1,065,818,688 parameters, 101.4 B tokens."""
-    return _run(presets.build("sambay", 16), total_tokens=101_400_000_000)
+    return ladder("sambay", 16)
 
 
 def transformer_1b() -> RunConfig:
     """Transformer++ at depth 16: 1.04 B parameters, 100 B tokens."""
-    return _run(presets.build("transformer++", 16), total_tokens=100_000_000_000)
+    return ladder("transformer++", 16)
 
 
-def _run(model: ModelConfig, total_tokens: int) -> RunConfig:
+def ladder(
+    architecture: str = "sambay",
+    depth: int = 16,
+    parametrization: Parametrization = Parametrization.MUP_PLUS_PLUS,
+) -> RunConfig:
+    """FLOPs scaling (figure 2a): depth 8 to 24, tokens in proportion to parameters."""
+    tokens = token_budget(architecture, depth)
+    return scaling_run(architecture, depth, tokens, parametrization)
+
+
+def data_scaling(
+    architecture: str = "sambay",
+    tokens: int = 100_000_000_000,
+    parametrization: Parametrization = Parametrization.MUP_PLUS_PLUS,
+) -> RunConfig:
+    """Data scaling (figure 2b): depth 16 on 100 to 600 B tokens, each a whole run."""
+    return scaling_run(architecture, 16, tokens, parametrization)
+
+
+def scaling_run(
+    architecture: str,
+    depth: int,
+    tokens: int,
+    parametrization: Parametrization = Parametrization.MUP_PLUS_PLUS,
+    **model_fields: Any,
+) -> RunConfig:
+    """A run in the published setting: bf16, 2^21 tokens per step, linear decay to zero."""
+    is_standard = parametrization is Parametrization.STANDARD
+    decays_all = parametrization is not Parametrization.MUP_PLUS_PLUS
     return RunConfig(
-        model=model,
-        data=DataConfig("data/slimpajama", sequence_length=4096),
-        # At depth 16, the base of muP++, matrices have the same rate as the rest.
-        optimizer=OptimizerConfig(peak_learning_rate=4e-4),
-        schedule=ScheduleConfig(total_tokens=total_tokens, warmup_tokens=1_000_000_000),
-        batch=BatchConfig(global_batch_size=512, micro_batch_size=4),
+        model=presets.build(architecture, depth, parametrization=parametrization, **model_fields),
+        data=DataConfig("data/slimpajama", sequence_length=LENGTH),
+        optimizer=OptimizerConfig(
+            peak_learning_rate=peak_learning_rate(depth, ROWS * LENGTH, parametrization),
+            matrix_learning_rate_factor=matrix_learning_rate_factor(depth, parametrization),
+            weight_decay=0.1,
+            vector_weight_decay=0.1 if decays_all else 0.0,
+        ),
+        schedule=ScheduleConfig(total_tokens=tokens, warmup_tokens=WARMUP_TOKENS),
+        batch=BatchConfig(global_batch_size=ROWS, micro_batch_size=4),
+        # As published: 200 rows of four lengths, of which also shorter beginnings are measured.
+        evaluation=EvaluationConfig(
+            every_steps=1000, max_tokens=200 * 4 * LENGTH, lengths=(1, 2, 3, 4)
+        ),
+        checkpoint=CheckpointConfig(every_steps=500),
         precision=Precision.BF16,
         activation_checkpointing=ActivationCheckpointing.FULL,
+        init_scheme=InitScheme.STANDARD if is_standard else InitScheme.MUP_RELEASED,
         seed=3407,
     )

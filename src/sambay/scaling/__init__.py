@@ -1,0 +1,1 @@
+"""How the published runs follow from their depth: tokens, learning rates."""
