@@ -18,23 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sambay.errors import CheckpointMismatch
 from sambay.files import WriteFailed
-from sambay.model import LanguageModel, initialise, weights_writer
-from sambay.model import folder as model_folder
+from sambay.model import LanguageModel, initialise
 from sambay.train import checkpoint
-from sambay.train.checkpoint import (
-    CheckpointStore,
-    Progress,
-    check_same_run,
-    load_checkpoint_model,
-    restore,
-)
+from sambay.train.checkpoint import CheckpointStore, Progress, restore
 from sambay.train.config import CheckpointConfig, RunConfig
+from sambay.train.export import export_model, load_checkpoint_model
 from sambay.train.loop import train
 from sambay.train.optim import build_optimizer
+from sambay.train.pieces import stored_shapes
+from sambay.train.same_run import check_same_run
 from tests.tiny import random_ids
 from tests.train.test_resume import assert_same_run
 
@@ -55,6 +50,7 @@ def save(store: CheckpointStore, step: int, parts: Parts) -> None:
     with torch.no_grad():
         model.embedding.weight[0, 0] = step
     store.save(Progress(step, step * 10, 1.0), model, optimizer, config, "hash")
+    store.wait()
 
 
 def stored_step(path: Path, parts: Parts) -> int:
@@ -101,7 +97,7 @@ def _fork_and_kill_at(event: int, action: Callable[[], None]) -> bool:
         os.fsync, os.replace = counted(os.fsync), counted(os.replace)
         Path.rename = counted(Path.rename)  # type: ignore[method-assign]
         os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
-        model_folder.write_file = counted(model_folder.write_file)
+        checkpoint.save_pieces = counted(checkpoint.save_pieces)
         checkpoint.sha256_of = counted(checkpoint.sha256_of)
         action()
         os._exit(0)
@@ -203,14 +199,15 @@ def test_a_failed_write_leaves_the_last_checkpoint(
     assert store.steps() == [2]
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_full_disk_is_named(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(weights_writer, "_write_all", full)
-    store = CheckpointStore(tmp_path, CheckpointConfig())
+    store = CheckpointStore(tmp_path, CheckpointConfig(asynchronous=asynchronous))
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WriteFailed, match=r"the disk is full; free some space") as caught:
         save(store, 1, parts)
     assert "\n" not in str(caught.value)
@@ -220,14 +217,15 @@ def test_a_full_disk_is_named(
 def test_tied_weights_are_stored_once(parts: Parts, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, CheckpointConfig())
     save(store, 1, parts)
-    tensors = load_file(store.path(1) / "model.safetensors")
     names = {name for name, _ in parts[1].named_parameters()}
-    assert set(tensors) == names
-    assert "embedding.weight" in names
-    assert "head.weight" not in names
+    kinds = ("model", "exp_avg", "exp_avg_sq")
+    stored = stored_shapes(store.path(1)).keys()
+    assert set(stored) == {f"{kind}.{name}" for kind in kinds for name in names}
+    assert "model.embedding.weight" in stored
+    assert "model.head.weight" not in stored
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
 def test_damage_is_named(name: str, damage: str, parts: Parts, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, CheckpointConfig())
