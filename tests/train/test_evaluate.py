@@ -34,6 +34,7 @@ from sambay.train.evaluate import evaluate, evaluate_all
 from sambay.train.loop import train
 from sambay.train.metrics import read_metrics
 from sambay.train.sources import open_batches, open_validation
+from sambay.train.trainer import Trainer
 from tests.train.conftest import GLOBAL_BATCH, SEQUENCE, make_data
 
 MakeConfig = Callable[..., RunConfig]
@@ -328,3 +329,14 @@ def test_a_damaged_set_is_named(make_config: MakeConfig, data: Path, tmp_path: P
     (folder / MANIFEST_FILE).unlink()
     with pytest.raises(DataError, match=r"omega has no manifest\.json"):
         train(config, tmp_path / "run")
+
+
+def test_a_batch_without_a_label_that_counts_is_no_division_by_zero(
+    make_config: MakeConfig,
+) -> None:
+    ids = torch.zeros(GLOBAL_BATCH, 1, dtype=torch.int64)
+    empty = Batch(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids, dtype=torch.int32))
+    trainer = Trainer(make_config())
+    learned = trainer.learn(empty, 1e-3, 0)
+    assert learned.loss == 0
+    assert learned.gradient_norm == 0

@@ -86,6 +86,7 @@ class Trainer:
         """
         config, world = self.config, self.world
         (num_tokens,) = world.sum(int((batch.labels != IGNORE).sum()))
+        num_tokens = max(num_tokens, 1)  # rows of one token may be nothing but ends of documents
         first, second = config.regularisation.dropout_at(step)
         set_attention_dropout(self.model, self_decoder=first, cross_decoder=second)
         self.model.train()
