@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from sambay.errors import ConfigError, SambayError
 from sambay.train.config import Device, RunConfig
+from sambay.train.layout import sizes_for
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -181,51 +182,6 @@ def joined(config: RunConfig) -> Iterator[World]:
         )
     finally:
         dist.destroy_process_group()
-
-
-def sizes_for(config: RunConfig, size: int) -> tuple[int, int, int]:
-    """(replicate, shard, tensor) for this many processes.
-
-    Raises:
-        ConfigError: the sizes do not multiply to `size`, or do not divide the batch or the model.
-    """
-    parallel = config.parallel
-    fixed = parallel.replicate * parallel.tensor
-    shard = size // fixed if parallel.shard is None else parallel.shard
-    if fixed * shard != size:
-        sizes = f"replicate={parallel.replicate} shard={parallel.shard} tensor={parallel.tensor}"
-        raise ConfigError(
-            f"parallel: {sizes} do not multiply to the {size} processes of this run; start "
-            "another number of processes or change parallel.shard"
-        )
-    rows = config.batch.global_batch_size
-    if rows % (parallel.replicate * shard):
-        raise ConfigError(
-            f"batch.global_batch_size = {rows} cannot be divided among parallel.replicate x "
-            f"parallel.shard = {parallel.replicate * shard} processes; use a multiple of it, "
-            "fewer processes or a larger parallel.tensor"
-        )
-    _check_tensor_size(config)
-    return parallel.replicate, shard, parallel.tensor
-
-
-def _check_tensor_size(config: RunConfig) -> None:
-    model, size = config.model, config.parallel.tensor
-    heads = 2 if model.attention_variant == "differential" else 1  # they work in pairs
-    for name, value, unit in (
-        ("num_heads", model.num_heads, heads),
-        ("num_kv_heads", model.num_kv_heads, heads),
-        ("intermediate_size", model.intermediate_size, 1),
-        ("vocab_size", model.vocab_size, 1),
-        ("hidden_size", model.d_inner, 1),
-    ):
-        if value % (size * unit):
-            what = f"{value} inner channels" if name == "hidden_size" else f"{value}"
-            pairs = " in whole pairs of heads" if unit == 2 else ""
-            raise ConfigError(
-                f"model.{name}: {what} cannot be divided among parallel.tensor = {size} "
-                f"processes{pairs}; use a parallel.tensor that divides it"
-            )
 
 
 def compute_device(device: Device, local_rank: int = 0) -> torch.device:
