@@ -31,6 +31,7 @@ from sambay.train.sinks import require_sinks
 from sambay.train.sources import ValidationSet, open_batches, open_validation
 from sambay.train.steps import Run, Steps
 from sambay.train.trainer import Trainer
+from sambay.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def train(
 
         latest = world.on_main(prepare)
         world.everywhere(lambda: check_writable(run_dir))
-        return _train(run, latest)
+        with Watchdog(world, config.resilience.hang_seconds) as watchdog:
+            return _train(run, latest, watchdog)
 
 
 def _open_data(config: RunConfig, *, verify: bool) -> tuple[BatchSource, list[ValidationSet]]:
@@ -110,9 +112,9 @@ def _prepare(run: Run, *, fresh: bool, change_schedule: bool) -> Path | None:
     return latest
 
 
-def _train(run: Run, latest: Path | None) -> Outcome:
+def _train(run: Run, latest: Path | None, watchdog: Watchdog) -> Outcome:
     config, world = run.config, run.world
-    trainer = Trainer(config, world)
+    trainer = Trainer(config, world, watchdog)
     _warn_of_memory(config, trainer, run.display)
     progress = Progress()
     if latest is not None:
@@ -121,7 +123,7 @@ def _train(run: Run, latest: Path | None) -> Outcome:
 
     evaluation = None
     if progress.step < config.num_steps:
-        steps = Steps(run, trainer)
+        steps = Steps(run, trainer, watchdog)
         progress, stopped_by = steps.go(progress)
         evaluation = steps.evaluation
         if progress.step < config.num_steps:
@@ -131,6 +133,7 @@ def _train(run: Run, latest: Path | None) -> Outcome:
         if evaluation is not None or not (run.run_dir / MODEL).exists():
             export_model(run.run_dir)
 
+    watchdog.at("exporting the model", progress.step)
     world.on_main(export)
     return Outcome(progress, None, evaluation)
 

@@ -26,6 +26,7 @@ from sambay.train.sinks import SinkRun, open_sinks
 from sambay.train.sources import ValidationSet, source_metrics
 from sambay.train.throughput import Gauges
 from sambay.train.trainer import Learned, Trainer
+from sambay.train.watchdog import Watchdog
 
 _FAILED = signal.NSIG  # above all signals, where processes agree why to stop
 
@@ -45,9 +46,9 @@ class Run:
 class Steps:
     """The steps of one call, between opening the run and exporting its model."""
 
-    def __init__(self, run: Run, trainer: Trainer) -> None:
+    def __init__(self, run: Run, trainer: Trainer, watchdog: Watchdog) -> None:
         self.run, self.config, self.world = run, run.config, run.world
-        self.trainer = trainer
+        self.trainer, self.watchdog = trainer, watchdog
         self.store = CheckpointStore(run.run_dir, run.config.checkpoint, run.world)
         self.gauges = Gauges(run.config, run.world)
         self.evaluation: Evaluation | None = None
@@ -76,12 +77,14 @@ class Steps:
         bad_steps, problem = 0, ""
         failure: WriteFailed | None = None
         while progress.step < config.num_steps:
+            self.watchdog.at("between steps", progress.step)
             self._agree_to_go_on(stop, failure)
             if stop.signal_number is not None:
                 break
             started = time.perf_counter()
             batch_number = progress.step + progress.batch_offset
             rate = learning_rate(config, progress.step)
+            self.watchdog.at("reading the batch")
             batch = self.run.batches.batch(batch_number, world.rows(config.batch.global_batch_size))
             learned = self.trainer.gradients(batch, progress.step)
             is_used = is_usable(learned, progress.recent_losses, config.resilience)
@@ -179,6 +182,7 @@ class Steps:
 
     def _save(self, progress: Progress, metrics: MetricsLog | None) -> int:
         """Save a checkpoint after the metrics that lead to it; the step saved."""
+        self.watchdog.at("saving")
         self.world.on_main(lambda: None if metrics is None else metrics.flush_to_disk())
         self.store.save(
             progress,

@@ -25,6 +25,7 @@ from sambay.train.optim import (
     set_learning_rate,
 )
 from sambay.train.parallel import build_model, release
+from sambay.train.watchdog import Watchdog
 
 
 class NotFinite(SambayError):
@@ -59,9 +60,12 @@ class Trainer:
         ConfigError: a device that is not there.
     """
 
-    def __init__(self, config: RunConfig, world: World | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, world: World | None = None, watchdog: Watchdog | None = None
+    ) -> None:
         self.config = config
         self.world = world or World(compute_device(config.device))
+        self._watchdog = watchdog or Watchdog(self.world, config.resilience.hang_seconds)
         self.device = self.world.device
         self.model = build_model(config, self.world)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -85,6 +89,7 @@ class Trainer:
         rounding, and with attention dropout its random numbers.
         """
         config, world = self.config, self.world
+        self._watchdog.at("counting tokens", step)
         (num_tokens,) = world.sum(int((batch.labels != IGNORE).sum()))
         num_tokens = max(num_tokens, 1)  # rows of one token may be nothing but ends of documents
         first, second = config.regularisation.dropout_at(step)
@@ -92,6 +97,7 @@ class Trainer:
         self.model.train()
         nats = objective = 0.0
         for index, part in enumerate(_split(batch, config.batch.micro_batch_size)):
+            self._watchdog.at("forward and backward")
             place = (config.seed, step, world.rank, index)
             noisy = first > 0 or second > 0
             with reproducible_noise(self.device, *place) if noisy else nullcontext():
@@ -99,12 +105,14 @@ class Trainer:
             (losses.objective / num_tokens).backward()
             nats += float(losses.nats)
             objective += float(losses.objective.detach())
+        self._watchdog.at("summing gradients")
         nats, objective = world.sum(nats, objective)
         norm = gradient_norm(self.model.parameters())
         return Learned(nats / num_tokens, objective / num_tokens, float(norm))
 
     def update(self, rate: float, learned: Learned) -> None:
         """Clip the gradients that gave `learned`, and change the weights by them."""
+        self._watchdog.at("updating weights")
         norm = torch.tensor(learned.gradient_norm, device=self.device)
         clip_gradients(self.model.parameters(), norm, self.config.optimizer.clip_norm)
         set_learning_rate(self.optimizer, rate)
@@ -122,6 +130,7 @@ class Trainer:
 
     def loss(self, batch: Batch) -> Tensor:
         """The summed cross-entropy of a batch, in nats, float32, as evaluated: without noise."""
+        self._watchdog.at("evaluation")
         self.model.eval()
         if self.world.data_size == 1:
             nats = self._losses(batch).nats
