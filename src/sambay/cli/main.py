@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _dispatch(words)
         sys.stdout.flush()
     except SambayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Of the processes of a run the first speaks, unless only others know.
+        if os.environ.get("RANK", "0") == "0" or type(error).__name__ == "LostConnection":
+            print(f"error: {error}", file=sys.stderr)
         return _EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

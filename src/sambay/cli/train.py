@@ -11,6 +11,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check everything, print sizes and a memory estimate, and stop",
     )
     parser.add_argument(
+        "--export-only",
+        action="store_true",
+        help="make DIR/model from the last checkpoint of the run in DIR (or in RECIPE), and stop",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="remove the run that is in DIR and start again"
     )
     parser.add_argument(
@@ -53,14 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 0 when finished, 128 + signal number when stopped by one."""
+    if os.environ.get("RANK", "0") != "0":  # of many processes the first speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    if args.export_only:
+        return _export(args)
     from sambay.cli.recipe_words import configured
     from sambay.train.data_checks import check_data, describe_data
     from sambay.train.plan import describe, without_effect
 
     name, config = configured(args.recipe, args.overrides)
     run_dir: Path = args.run_dir or Path("runs") / name
-    for line in without_effect(config):
-        print(f"warning: {line}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        for line in without_effect(config):
+            print(f"warning: {line}", file=sys.stderr)
     facts = [("run", f"{name} in {run_dir}"), *describe(config)]
     if args.dry_run:
         _print_table(facts)
@@ -84,6 +95,14 @@ def run(args: argparse.Namespace) -> int:
             f"{evaluation.bits_per_byte:.4f} bits/byte on {evaluation.tokens:,} tokens"
         )
     print(f"model: {run_dir / 'model'}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from sambay.train.export import export_model
+
+    run_dir: Path = args.run_dir or Path(args.recipe)
+    print(f"model: {export_model(run_dir)}")
     return 0
 
 

@@ -31,6 +31,10 @@ class ToldByAnother(SambayError):
     """An error that another process met and reports itself."""
 
 
+class LostConnection(SambayError):
+    """Another process of the run is gone; the last checkpoint is untouched."""
+
+
 @dataclass(frozen=True)
 class World:
     """One process among those of a run.
@@ -133,9 +137,11 @@ def _attempt(action: Callable[[], _T]) -> tuple[_T | None, SambayError | None]:
         return None, error
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks to the person; known before anything is set up."""
-    return int(os.environ.get("RANK", "0")) == 0
+def _is_lost_connection(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return "gloo" in text or "connection" in text
 
 
 @contextlib.contextmanager
@@ -180,6 +186,14 @@ def joined(config: RunConfig) -> Iterator[World]:
             save_group=dist.new_group(backend="gloo", timeout=patience),
             store=store,
         )
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise LostConnection(
+            f"process {rank} lost the connection to another process of the run (see what that one "
+            "said last); start the run again: it continues from the last checkpoint "
+            f"[{str(error).splitlines()[0][:200]}]"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -195,10 +209,11 @@ def compute_device(device: Device, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if available == 0:
         raise ConfigError("device = 'cuda', but torch sees no CUDA device; use device=auto")
-    if local_rank >= available:
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if max(local_rank + 1, local_size) > available:
         raise ConfigError(
-            f"device = {device.value!r}: this machine has {available} CUDA devices for more "
-            "processes; start as many processes per machine as it has devices"
+            f"device = {device.value!r}: this machine has {available} CUDA devices for "
+            f"{local_size} processes; start as many processes per machine as it has devices"
         )
     return (
         torch.device("cuda", local_rank)
