@@ -40,12 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, print sizes and a memory estimate, and stop",
+        help="check everything, print sizes, memory and time by number of devices, and stop",
+    )
+    parser.add_argument(
+        "--devices",
+        default="1,8,64,1024",
+        metavar="N,N...",
+        help="for --dry-run: how many devices to print them for (1,8,64,1024)",
+    )
+    parser.add_argument(
+        "--flops",
+        metavar="X",
+        help="for --dry-run: useful operations per second and device, for example 2e14 "
+        "(30%% of an A100's peak, or of logging.peak_flops)",
     )
     parser.add_argument(
         "--export-only",
         action="store_true",
         help="make DIR/model from the last checkpoint of the run in DIR (or in RECIPE), and stop",
+    )
+    parser.add_argument(
+        "--summary",
+        action="store_true",
+        help="write DIR/summary.html about the run in DIR (or in RECIPE), also while it runs",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="remove the run that is in DIR and start again"
@@ -63,25 +80,39 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     if args.export_only:
         return _export(args)
+    if args.summary:
+        return _summarise(args)
+    from sambay.cli.overrides import parse_value
     from sambay.cli.recipe_words import configured
     from sambay.train.data_checks import check_data, describe_data
-    from sambay.train.plan import describe, without_effect
+    from sambay.train.plan import describe, outlook, without_effect
+    from sambay.train.sinks import require_sinks
 
     name, config = configured(args.recipe, args.overrides)
     run_dir: Path = args.run_dir or Path("runs") / name
     if os.environ.get("RANK", "0") == "0":
         for line in without_effect(config):
             print(f"warning: {line}", file=sys.stderr)
+    require_sinks(config.logging)
     facts = [("run", f"{name} in {run_dir}"), *describe(config)]
     if args.dry_run:
+        devices = parse_value("--devices", args.devices, tuple[int, ...])
+        lines = outlook(config, devices, parse_value("--flops", args.flops or "None", float | None))
         _print_table(facts)
+        print("\n".join(lines))
         _print_table([describe_data(config, check_data(config))])
         return 0
     _print_table([*facts, describe_data(config, check_data(config))])
 
     from sambay.train.loop import train
+    from sambay.train.resilience import TrainingDiverged
 
-    outcome = train(config, run_dir, fresh=args.fresh, change_schedule=args.change_schedule)
+    try:
+        outcome = train(config, run_dir, fresh=args.fresh, change_schedule=args.change_schedule)
+    except TrainingDiverged:
+        _write_page(run_dir)  # it shows how that came
+        raise
+    _write_page(run_dir)
     if outcome.stopped_by is not None:
         print(f"stopped at step {outcome.progress.step}; run the same command to continue")
         return 128 + outcome.stopped_by
@@ -104,6 +135,26 @@ def _export(args: argparse.Namespace) -> int:
     run_dir: Path = args.run_dir or Path(args.recipe)
     print(f"model: {export_model(run_dir)}")
     return 0
+
+
+def _summarise(args: argparse.Namespace) -> int:
+    from sambay.train.summary import write_summary
+
+    print(f"summary: {write_summary(args.run_dir or Path(args.recipe))}")
+    return 0
+
+
+def _write_page(run_dir: Path) -> None:
+    """Write the summary of a run that has just ended; it is no reason to fail."""
+    from sambay.errors import SambayError
+    from sambay.train.summary import write_summary
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        print(f"summary: {write_summary(run_dir)}", flush=True)
+    except SambayError as error:
+        print(f"warning: no summary was written: {error}", file=sys.stderr)
 
 
 def _print_table(facts: list[tuple[str, str]]) -> None:

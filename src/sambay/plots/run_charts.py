@@ -80,8 +80,9 @@ def draw_chart(content: Chart) -> Figure:
                 color=_colour_of(content, series.name), linewidth=0.8, alpha=0.35, zorder=2,
             )  # fmt: skip
     _scale(axes, content)
-    if content.line is not None:
-        value, name = content.line
+    value, name = content.line or (math.nan, "")
+    bottom, top = axes.get_ylim()
+    if bottom <= value <= top:
         axes.axhline(value, color=QUIET, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
             name, (1.0, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
@@ -91,7 +92,7 @@ def draw_chart(content: Chart) -> Figure:
     last = max(step for series in content.series for step in series.steps)
     axes.set_xlim(0, last * 1.02)
     axes.set_xlabel("step", fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter(lambda value, _: short(value, last))
     figure.text(0.012, 0.975, content.title, fontsize=11, fontweight="bold", va="top")
     handles, labels = axes.get_legend_handles_labels()

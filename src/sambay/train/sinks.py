@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from sambay.errors import MissingPackage, SambayError
 from sambay.train.config import LoggingConfig, RunConfig, Sink
-from sambay.train.run_dir import TENSORBOARD
 
 # sink: (module, extra)
 _PACKAGES = {
@@ -100,6 +99,8 @@ def describe_failure(name: str, error: Exception) -> str:
 class _TensorBoard:
     def __init__(self, run: SinkRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
+
+        from sambay.train.run_dir import TENSORBOARD  # with torch, which a dry run goes without
 
         # Events of steps that the run is going to do again are dropped by the reader.
         self._writer = SummaryWriter(str(run.run_dir / TENSORBOARD), purge_step=run.next_step)
