@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import environment, print_table, write_result
+from sambay.train.cost import chunk_tokens
 from sambay.train.loss import cross_entropy
-from sambay.train.plan import chunk_tokens
 
 VOCAB, TOKENS = 200_064, 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -12,12 +12,13 @@ from sambay.data.batch_source import BatchSource
 from sambay.generate.memory import available_bytes, readable_bytes
 from sambay.train.checkpoint import CheckpointStore, Progress, restore
 from sambay.train.config import RunConfig
+from sambay.train.cost import Layout, checkpoint_bytes, memory_estimate
 from sambay.train.data_checks import check_data
 from sambay.train.display import Display, Silence
 from sambay.train.distributed import joined
 from sambay.train.evaluate import Evaluation
 from sambay.train.export import export_model
-from sambay.train.plan import checkpoint_bytes, memory_estimate
+from sambay.train.layout import sizes_for
 from sambay.train.run_dir import (
     MODEL,
     check_writable,
@@ -139,7 +140,8 @@ def _train(run: Run, latest: Path | None, watchdog: Watchdog) -> Outcome:
 
 
 def _warn_of_memory(config: RunConfig, trainer: Trainer, display: Display) -> None:
-    estimate = memory_estimate(config)
+    layout = Layout(*sizes_for(config, trainer.world.size))
+    estimate = memory_estimate(config, layout)
     needed = estimate.total - estimate.weights  # the weights exist already
     available = available_bytes(trainer.device)
     if available is not None and needed > available:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sambay.train.plan import chunk_tokens
+from sambay.train.cost import chunk_tokens
 
 IGNORE = -100  # a label that counts neither in the sum nor among the tokens
 _PRODUCT_VALUES = 2**24  # of a partial weight gradient that exists before it is added

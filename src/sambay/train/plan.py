@@ -1,73 +1,27 @@
-"""What a run will do and need, worked out from its configuration without making the model.
+"""What a run will do and need, as text, worked out from its configuration alone.
 
 Imports no torch, so `--dry-run` answers at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
+from sambay.errors import ConfigError
 from sambay.spec.footprint import parameter_count
-from sambay.spec.layers import LayerKind, LayerSpec
-from sambay.spec.model_config import ModelConfig
+from sambay.spec.layers import LayerKind
 from sambay.train.config import (
     DEFAULT_DECAY_FRACTION,
     ActivationCheckpointing,
-    Precision,
     RunConfig,
     ScheduleKind,
 )
+from sambay.train.cost import Layout, checkpoint_bytes, memory_estimate, training_seconds
+from sambay.train.layout import sizes_for
 
-_STATE_EVERY = 32  # tokens between the scan states kept for its backward
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes a training step holds at its peak; all but the last are exact."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def memory_estimate(config: RunConfig) -> MemoryEstimate:
-    """The memory of one training step.
-
-    Weights, gradients and both moments of AdamW are float32; bf16 adds a copy of the weights.
-    Activations are what the layers keep for their backward, counted tensor by tensor, for one
-    micro-batch (with activation checkpointing: the inputs of all blocks and one whole block), the
-    gradients of the widest block, and the loss. Libraries and the allocator's waste come on top;
-    peaks measured on the CPU were 5 to 20 % above the total.
-    """
-    parameters = parameter_count(config.model)
-    is_bf16 = config.precision is Precision.BF16
-    tokens = config.batch.micro_batch_size * config.data.sequence_length
-    model = config.model
-    blocks = [_block_bytes(model, layer, 2 if is_bf16 else 4) for layer in model.layers]
-    if config.activation_checkpointing is not ActivationCheckpointing.NONE:
-        per_token = model.num_layers * model.hidden_size * 4 + 2 * max(blocks)
-    else:
-        per_token = sum(blocks) + max(blocks)
-    loss_chunk = min(chunk_tokens(model.vocab_size), tokens) * model.vocab_size
-    loss_chunk *= 6 if is_bf16 else 4  # logits in float32, and in bf16 for the products
-    table = model.vocab_size * model.hidden_size * 4
-    activations = tokens * (per_token + 2 * model.hidden_size * 4) + loss_chunk + table
-    return MemoryEstimate(
-        weights=parameters * (6 if is_bf16 else 4),
-        gradients=parameters * 4,
-        optimizer=parameters * 8,
-        activations=activations,
-    )
-
-
-def checkpoint_bytes(config: RunConfig) -> int:
-    """The size of one checkpoint: float32 weights and two moments."""
-    return parameter_count(config.model) * 12
+A100_PEAK = 312e12  # dense bfloat16 products per second
+# The published 14 days on 1,024 of them for Phi4-mini-Flash come to 0.32.
+ASSUMED_SHARE = 0.30
 
 
 def without_effect(config: RunConfig) -> list[str]:
@@ -95,15 +49,12 @@ def without_effect(config: RunConfig) -> list[str]:
 
 def describe(config: RunConfig) -> list[tuple[str, str]]:
     """What a person wants to know before starting, as (topic, text) lines."""
-    model, batch, schedule = config.model, config.batch, config.schedule
+    model, batch = config.model, config.batch
     parameters = parameter_count(model)
     tokens = config.num_steps * config.tokens_per_step
-    optimizer = config.optimizer
-    memory = memory_estimate(config)
     width = f"hidden {model.hidden_size}, {model.num_heads}/{model.num_kv_heads} heads"
     window = "" if model.window is None else f", window {model.window}"
-    factor = optimizer.matrix_learning_rate_factor
-    matrices = "" if factor == 1 else f" (matrices x {factor:g})"
+    memory, keep_every = memory_estimate(config), config.checkpoint.keep_every_steps
     return [
         ("architecture", f"{model.layer_pattern}"),
         (
@@ -124,48 +75,125 @@ def describe(config: RunConfig) -> list[tuple[str, str]]:
         (
             "length",
             f"{config.num_steps:,} steps, {tokens:,} tokens, "
-            f"{tokens / parameters:.3g} tokens per parameter",
+            f"{_digits(tokens / parameters)} tokens per parameter",
         ),
-        (
-            "optimiser",
-            f"AdamW, peak learning rate {optimizer.peak_learning_rate:g}{matrices}, "
-            f"{schedule.kind.value} schedule, warm-up {schedule.warmup_tokens:,} tokens, "
-            f"weight decay {optimizer.weight_decay:g}, clipping {optimizer.clip_norm:g}",
-        ),
+        *_learning(config),
         (
             "memory",
-            f"about {size_text(memory.total)}: weights {size_text(memory.weights)}, gradients "
-            f"{size_text(memory.gradients)}, optimiser {size_text(memory.optimizer)}, "
-            f"activations about {size_text(memory.activations)}",
+            f"about {size_text(memory.total)} in one process: weights {size_text(memory.weights)}, "
+            f"gradients {size_text(memory.gradients)}, optimiser {size_text(memory.optimizer)}, "
+            f"activations about {size_text(memory.activations)} (checkpointing: "
+            f"{config.activation_checkpointing.value}), loss {size_text(memory.loss)}",
         ),
         (
             "disk",
             f"{size_text(checkpoint_bytes(config))} per checkpoint, every "
-            f"{config.checkpoint.every_steps} steps, the last {config.checkpoint.keep} kept",
+            f"{config.checkpoint.every_steps} steps, the last {config.checkpoint.keep} kept"
+            + (f", every {keep_every}-th step's for good" if keep_every else ""),
         ),
     ]
 
 
-def chunk_tokens(vocab_size: int) -> int:
-    """The tokens whose logits the loss holds at a time: about 128 MiB of them in float32."""
-    return min(max(2**25 // vocab_size, 64), 1024)
+def _learning(config: RunConfig) -> list[tuple[str, str]]:
+    optimizer, schedule, regularisation = (
+        config.optimizer, config.schedule, config.regularisation
+    )  # fmt: skip
+    peak, factor = optimizer.peak_learning_rate, optimizer.matrix_learning_rate_factor
+    lines = [
+        (
+            "optimiser",
+            f"AdamW, {schedule.kind.value} schedule, warm-up {schedule.warmup_tokens:,} tokens, "
+            f"clipping {optimizer.clip_norm:g}, first weights {config.init_scheme.value}",
+        ),
+        ("matrices", f"learning rate {peak * factor:.4g}, weight decay {optimizer.weight_decay:g}"),
+        (
+            "all others",
+            f"learning rate {peak:.4g}, weight decay {optimizer.vector_weight_decay:g} "
+            "(embeddings, head, norms, biases, convolutions, SSM parameters)",
+        ),
+    ]
+    terms = []
+    if regularisation.label_smoothing:
+        terms.append(f"label smoothing {regularisation.label_smoothing:g}")
+    if regularisation.z_loss:
+        terms.append(f"z-loss {regularisation.z_loss:g}")
+    if regularisation.attention_dropout:
+        starts = {
+            "self-decoder": regularisation.self_decoder_from_step,
+            "cross-decoder": regularisation.cross_decoder_from_step,
+        }
+        where = [f"{name} from step {at:,}" for name, at in starts.items() if at is not None]
+        terms.append(f"attention dropout {regularisation.attention_dropout:g}: {', '.join(where)}")
+    return [*lines, ("loss", ", ".join(["cross-entropy", *terms]))]
 
 
-def _block_bytes(model: ModelConfig, layer: LayerSpec, value_bytes: int) -> int:
-    """Bytes per token that a block keeps for its backward; the residual stream stays float32."""
-    heads, keys = model.attention_size, 2 * model.num_kv_heads * model.head_dim
-    states = 0
-    if layer.kind is LayerKind.MAMBA:
-        # convolution input, gate, convolution output, time step, scan output, silu, product
-        mixer = 7 * model.d_inner + model.dt_rank + 2 * model.d_state
-        states = model.d_inner * model.d_state // _STATE_EVERY
-    elif layer.kind is LayerKind.GATED_MEMORY:
-        mixer = 3 * model.memory_size  # gate, silu, product
-    else:
-        mixer = 3 * heads + (0 if layer.kind is LayerKind.CROSS else 2 * keys)
-    # Two norms keep their input, twice, and their output; the MLP gate, value, silu and product.
-    values = 2 * model.hidden_size + mixer + 4 * model.intermediate_size
-    return values * value_bytes + (4 * model.hidden_size + states) * 4
+def outlook(
+    config: RunConfig, devices: Iterable[int], flops_per_second: float | None = None
+) -> list[str]:
+    """A table of memory and time by the number of devices, as lines.
+
+    `flops_per_second`: of useful work per device; by default an assumption, which is said.
+
+    Raises:
+        ConfigError: no devices, or no speed.
+    """
+    devices = tuple(devices)
+    if not devices or min(devices) < 1:
+        raise ConfigError(f"--devices = {','.join(map(str, devices))}; each must be 1 or more")
+    if flops_per_second is not None and flops_per_second <= 0:
+        raise ConfigError(f"--flops = {flops_per_second:g}; it must be greater than 0")
+    assumed = flops_per_second is None
+    rate = ASSUMED_SHARE * (config.logging.peak_flops or A100_PEAK)
+    rate = rate if flops_per_second is None else flops_per_second
+    chosen = config.activation_checkpointing
+    lines = [
+        "per device in GB; activations of a micro-batch by what is checkpointed; "
+        f"total with '{chosen.value}'",
+        "  devices  layout         weights  gradients  optimiser  gathered  "
+        "none / selective / full      loss  total     hours",
+    ]
+    for count in devices:
+        lines.append(f"  {count:<7,}  {_row(config, count, rate)}")
+    why = (
+        f"an assumption ({ASSUMED_SHARE:.0%} of "
+        + ("logging.peak_flops" if config.logging.peak_flops else "an A100's 312 TFLOP/s in bf16")
+        + "; --flops states another)"
+        if assumed
+        else "as stated"
+    )
+    lines.append(
+        f"  layout: replicas x shards x tensor. hours: at {rate / 1e12:.4g} TFLOP/s of useful work "
+        f"per device, {why}; work done twice to save memory, evaluation and saving come on top"
+    )
+    return lines
+
+
+def _row(config: RunConfig, devices: int, rate: float) -> str:
+    try:
+        layout = Layout(*sizes_for(config, devices))
+    except ConfigError as error:
+        return f"not possible: {str(error).partition(';')[0]}"
+    by_mode = {
+        mode: memory_estimate(config, layout, mode).activations for mode in ActivationCheckpointing
+    }
+    memory = memory_estimate(config, layout)
+    activations = " / ".join(_gigabytes(amount) for amount in by_mode.values())
+    hours = training_seconds(config, devices, rate) / 3600
+    return (
+        f"{' x '.join(map(str, layout)):<13}  {_gigabytes(memory.weights):<7}  "
+        f"{_gigabytes(memory.gradients):<9}  {_gigabytes(memory.optimizer):<9}  "
+        f"{_gigabytes(memory.gathered):<8}  {activations:<27}  {_gigabytes(memory.loss):<4}  "
+        f"{_gigabytes(memory.total):<8}  {_digits(hours)}"
+    )
+
+
+def _gigabytes(amount: int) -> str:
+    return _digits(amount / 1e9) if amount >= 1e6 else "0"
+
+
+def _digits(value: float) -> str:
+    """At least three digits, and no exponent where they are enough."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def size_text(count: int) -> str:
