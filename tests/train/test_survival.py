@@ -1,0 +1,351 @@
+"""Signals, killed, frozen and failing processes, and steps that cannot be used: nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sambay.data.batch_source import BatchSource
+from sambay.files import write_json
+from sambay.train import trainer
+from sambay.train.checkpoint import CheckpointStore
+from sambay.train.config import (
+    BatchConfig,
+    CheckpointConfig,
+    OnExceed,
+    ResilienceConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from sambay.train.loop import train
+from sambay.train.metrics import read_metrics
+from sambay.train.resilience import TrainingDiverged
+from sambay.train.run_dir import claimed
+from tests.train.conftest import SEQUENCE
+from tests.train.processes import Ended, finish, start, together
+from tests.train.test_resume import StopAt, assert_same_run, lines
+
+MakeConfig = Callable[..., RunConfig]
+BATCH = 4
+
+
+@pytest.fixture
+def make(make_config: MakeConfig) -> MakeConfig:
+    def make(steps: int = 6, **fields: Any) -> RunConfig:
+        tokens = BATCH * SEQUENCE
+        fields = {
+            "batch": BatchConfig(BATCH, BATCH),
+            "checkpoint": CheckpointConfig(every_steps=2, keep=1),
+            **fields,
+        }
+        return make_config(schedule=ScheduleConfig(steps * tokens, warmup_tokens=tokens), **fields)
+
+    return make
+
+
+def is_rank(rank: int) -> bool:
+    return os.environ.get("RANK") == str(rank)
+
+
+def two(config: RunConfig, run_dir: Path, **options: Any) -> list[Any]:
+    return together(2, lambda: train(config, run_dir, **options), run_dir.with_suffix(".answers"))
+
+
+def ended(config: RunConfig, run_dir: Path, **options: Any) -> list[Ended]:
+    folder = run_dir.with_suffix(".answers")
+    return finish(start(2, lambda: train(config, run_dir, **options), folder), folder)
+
+
+@pytest.mark.parametrize("moments", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_9_of_one_process_at_random_moments(
+    moments: int, make: MakeConfig, tmp_path: Path
+) -> None:
+    config = make(steps=3 * moments + 4, checkpoint=CheckpointConfig(1, keep=2))
+    killed, answers = tmp_path / "killed", tmp_path / "answers"
+    store = CheckpointStore(killed, config.checkpoint)
+    generator = random.Random(moments)
+    for _ in range(moments):
+        reached = max(store.steps(), default=0)
+        children = start(2, lambda: train(config, killed), answers)
+        deadline = time.monotonic() + 60
+        while max(store.steps(), default=0) < reached + 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(generator.random() * 0.3)
+        victim = generator.randrange(2)
+        os.kill(children[victim], signal.SIGKILL)
+        both = finish(children, answers)
+        assert os.WTERMSIG(both[victim].status) == signal.SIGKILL
+        assert "LostConnection" in str(both[1 - victim].error), both[1 - victim].error
+    two(config, killed)
+    two(config, tmp_path / "whole")
+    assert_same_run(killed, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
+    rank: int, number: int, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it comes three times, from the terminal and from the launcher."""
+    plain = BatchSource.batch
+
+    def interrupted(self: BatchSource, step: int, rows: slice) -> Any:
+        if is_rank(rank) and step == 2:
+            for _ in range(3):
+                os.kill(os.getpid(), number)
+        return plain(self, step, rows)
+
+    config = make()
+    run_dir = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchSource, "batch", interrupted)
+        outcomes = two(config, run_dir)
+    assert [(one.progress.step, one.stopped_by) for one in outcomes] == [(3, number)] * 2
+    assert CheckpointStore(run_dir, config.checkpoint).steps() == [3]
+    two(config, run_dir)
+    two(config, tmp_path / "whole")
+    assert_same_run(run_dir, tmp_path / "whole")
+
+
+def poison(
+    monkeypatch: pytest.MonkeyPatch, calls: set[int], factor: float, rank: int | None = None
+) -> None:
+    """Multiply the objective of these training steps (counted in calls) by a factor."""
+    plain, count = trainer.Trainer._losses, 0
+
+    def poisoned(self: trainer.Trainer, batch: Any) -> Any:
+        nonlocal count
+        losses = plain(self, batch)
+        if torch.is_grad_enabled():
+            count += 1
+            if count in calls and (rank is None or is_rank(rank)):
+                return losses._replace(
+                    objective=losses.objective * factor, nats=losses.nats * factor
+                )
+        return losses
+
+    monkeypatch.setattr(trainer.Trainer, "_losses", poisoned)
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    poison(monkeypatch, {3}, math.nan, rank=1)
+    outcomes = two(config, tmp_path / "two")
+    assert [one.progress.skipped for one in outcomes] == [1, 1]
+    log = {line["step"]: line for line in read_metrics(tmp_path / "two")}
+    assert "skipped" not in log[2]
+    assert log[3]["skipped"] == log[6]["skipped"] == 1
+    assert math.isfinite(log[6]["loss"])
+    poison(monkeypatch, {3}, math.nan)
+    one = train(config, tmp_path / "one")
+    assert one.progress.updates == 5
+    last = read_metrics(tmp_path / "one")[-1]
+    assert last["loss"] == pytest.approx(log[6]["loss"], abs=1e-5)
+
+
+def test_a_skipped_step_survives_a_restart(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    with monkeypatch.context() as patch:
+        poison(patch, {2}, math.inf)
+        train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        poison(patch, {2}, math.inf)
+        train(config, tmp_path / "cut", display=StopAt(4))
+    assert train(config, tmp_path / "cut").progress.skipped == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(resilience=ResilienceConfig(max_skips=2))
+    poison(monkeypatch, {3, 4, 5}, math.nan)
+    with pytest.raises(TrainingDiverged, match=r"step 5: the loss is nan .*3 steps in a row") as got:
+        train(config, tmp_path)
+    assert "step-00000002" in str(got.value)
+    assert "\n" not in str(got.value)
+    assert CheckpointStore(tmp_path, config.checkpoint).steps() == [2]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_run_turns_back_and_goes_on_with_other_data(
+    count: int, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ResilienceConfig(max_skips=1, on_exceed=OnExceed.REWIND)
+    config = make(resilience=settings)
+    read = []
+    plain = BatchSource.batch
+
+    def watched(self: BatchSource, step: int, rows: slice) -> Any:
+        read.append(step)
+        return plain(self, step, rows)
+
+    poison(monkeypatch, {3, 4}, math.nan, rank=None if count == 1 else 1)
+    monkeypatch.setattr(BatchSource, "batch", watched)
+    if count == 1:
+        outcome = train(config, tmp_path / "run")
+        assert read == [0, 1, 2, 3, 4, 5, 6, 7]
+    else:
+        outcome = two(config, tmp_path / "run")[1]
+    progress = outcome.progress
+    assert (progress.step, progress.rewinds, progress.skipped) == (6, 1, 0)
+    assert progress.batch_offset == 2
+    log = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert [line.get("rewinds") for line in log] == [None, None, 1, 1, 1, 1]
+
+
+def test_it_turns_back_only_so_often(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ResilienceConfig(max_skips=0, on_exceed=OnExceed.REWIND, max_rewinds=2)
+    poison(monkeypatch, {3, 4, 5}, math.nan)
+    with pytest.raises(TrainingDiverged, match="after 2 rewinds"):
+        train(make(resilience=settings), tmp_path)
+
+
+def test_a_spike_of_the_loss_is_skipped_if_asked(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {14}, 3.0)
+    settings = ResilienceConfig(spike_factor=2.0, spike_window=10)
+    plain = train(make(steps=15), tmp_path / "plain")
+    assert plain.progress.skipped == 0
+    poison(monkeypatch, {14}, 3.0)
+    careful = train(make(steps=15, resilience=settings), tmp_path / "careful")
+    assert careful.progress.skipped == 1
+    assert len(careful.progress.recent_losses) == 10
+    first, second = lines(tmp_path / "plain"), lines(tmp_path / "careful")
+    assert [line["loss"] for line in first[:14]] == [line["loss"] for line in second[:14]]
+    assert second[14]["loss"] != first[14]["loss"]
+
+
+def test_a_full_disk_under_one_process_stops_all_and_leaves_the_last_checkpoint(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make()
+    plain = os.fsync
+
+    def full(file: int) -> None:
+        if is_rank(1) and CheckpointStore(tmp_path / "run", config.checkpoint).steps() == [2]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        both = ended(config, tmp_path / "run")
+    assert all("WriteFailed" in str(one.error) for one in both), [one.error for one in both]
+    assert all("the disk is full" in str(one.error) for one in both), [one.error for one in both]
+    left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert left == ["step-00000002"]
+    two(config, tmp_path / "run")
+    two(config, tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["sleeping", "frozen"])
+def test_a_process_that_stands_still_is_named(
+    how: str, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = BatchSource.batch
+
+    def stuck(self: BatchSource, step: int, rows: slice) -> Any:
+        if is_rank(1) and step == 2:
+            if how == "frozen":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(100)
+        return plain(self, step, rows)
+
+    monkeypatch.setattr(BatchSource, "batch", stuck)
+    config = make(resilience=ResilienceConfig(hang_seconds=2.0))
+    errors = tmp_path / "errors"
+
+    def action() -> None:
+        sys.stderr = errors.open("a")
+        train(config, tmp_path / "run")
+
+    children = start(2, action, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (errors.exists() and "holds up" in errors.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(children[1], signal.SIGKILL)
+    both = finish(children, tmp_path)
+    assert os.WEXITSTATUS(both[0].status) == 70
+    (message,) = [line for line in errors.read_text().splitlines() if "holds up" in line]
+    assert "error: no progress for 2 s (resilience.hang_seconds); this process holds" in message
+    assert f"up the run: process 1 (pid {children[1]} on" in message
+    if how == "sleeping":  # a frozen one was last seen a little earlier
+        assert "last seen after step 2 in 'reading the batch' at test_survival.py" in message
+
+
+def test_a_directory_in_use_is_refused_in_all_processes(make: MakeConfig, tmp_path: Path) -> None:
+    config = make()
+    with claimed(tmp_path / "run"):
+        both = ended(config, tmp_path / "run")
+    assert "ConfigError" in str(both[0].error)
+    assert "ToldByAnother" in str(both[1].error)
+    for one in both:
+        assert "in use by process" in str(one.error)
+
+
+def test_a_process_that_cannot_write_is_named(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sambay.train import run_dir
+
+    def refused(dir: Path) -> Any:
+        if is_rank(1):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return plain(dir=dir)
+
+    plain = run_dir.tempfile.TemporaryFile
+    monkeypatch.setattr(run_dir.tempfile, "TemporaryFile", refused)
+    both = ended(make(), tmp_path / "run")
+    assert "process 1: cannot write to the run directory" in str(both[0].error)
+    assert "Permission denied" in str(both[1].error)
+
+
+def test_another_recipes_checkpoint_is_refused_in_all_processes(
+    make: MakeConfig, tmp_path: Path
+) -> None:
+    config = make(steps=2)
+    train(config, tmp_path / "run")
+    both = ended(replace(config, seed=6), tmp_path / "run")
+    for one in both:
+        assert "seed = 6, but" in str(one.error)
+
+
+def test_torchrun_starts_the_same_command(make: MakeConfig, tmp_path: Path) -> None:
+    config = make(steps=3)
+    write_json(tmp_path / "config.json", config.to_dict())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "sambay.train", str(tmp_path / "config.json")]
+    words = [*command, "--run-dir", str(tmp_path / "two"), "batch.micro_batch_size=1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished 3 steps") == 1
+    assert done.stdout.count("learning rate") == 1
+    train(config, tmp_path / "one")
+    for mine, theirs in zip(
+        read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True
+    ):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
