@@ -42,15 +42,23 @@ class MetricsSink(Protocol):
 class SinkRun:
     """How a run presents itself to its sinks.
 
-    name: the same whenever it is continued, and different for every run.
+    run_id: the same whenever it is continued, and different for every run.
     next_step: the first step that will be written; what a sink has of later ones is out of date.
     """
 
     run_dir: Path
-    project: str
-    name: str
+    run_id: str
     config: RunConfig
     next_step: int
+
+    @property
+    def project(self) -> str:
+        return self.config.logging.project
+
+    @property
+    def name(self) -> str:
+        """For people: the folder it is in, and what makes it different."""
+        return f"{self.run_dir.resolve().name}-{self.run_id}"
 
 
 def require_sinks(config: LoggingConfig) -> None:
@@ -135,7 +143,7 @@ class _Wandb:
         self._run: Any = wandb.init(
             project=run.project,
             name=run.name,
-            id=run.name,
+            id=run.run_id,
             resume="allow",
             dir=str(run.run_dir),
             config=run.config.to_dict(),

@@ -55,13 +55,13 @@ class Steps:
 
     def go(self, progress: Progress) -> tuple[Progress, int | None]:
         """Where it ended, and the signal that ended it, if one did."""
-        run_name = self._record_start(progress.step)
+        run_id = self._record_start(progress.step)
         with (
             StopRequest(insistent=self.world.mesh is None) as stop,
             self._finished_checkpoint(),
         ):
             while True:
-                with self._log(progress.step, run_name) as metrics:
+                with self._log(progress.step, run_id) as metrics:
                     progress, has_ended = self._until_trouble(progress, stop, metrics)
                 if has_ended:
                     self.store.wait()
@@ -224,21 +224,20 @@ class Steps:
         )
 
     def _record_start(self, step: int) -> str:
-        """Write down where this call computes; the name of the run for its sinks."""
-        folder = self.run.run_dir.resolve()
+        """Write down where this call computes; what the run is known by."""
+        run_dir = self.run.run_dir
         return self.world.on_main(
-            lambda: f"{folder.name}-{record_start(folder, self.world, self.gauges, step).run_id}"
+            lambda: record_start(run_dir, self.world, self.gauges, step).run_id
         )
 
     def _log(
-        self, last_step: int, run_name: str
+        self, last_step: int, run_id: str
     ) -> contextlib.AbstractContextManager[MetricsLog | None]:
         config, run_dir = self.config, self.run.run_dir
         made: list[MetricsLog] = []
 
         def make() -> None:
-            sink_run = SinkRun(run_dir, config.logging.project, run_name, config, last_step + 1)
-            sinks = open_sinks(sink_run)
+            sinks = open_sinks(SinkRun(run_dir, run_id, config, last_step + 1))
             warn = self.run.display.message
             made.append(MetricsLog(run_dir, last_step=last_step, sinks=sinks, warn=warn))
 
