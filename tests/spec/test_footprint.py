@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sambay.model import LanguageModel, ModelCache
 from sambay.spec import ModelConfig, footprint, presets
-from tests.tiny import NAMES, tiny_config
+from tests.tiny import NAMES, random_ids, tiny_config, tiny_model
 
 # Exact counts of the released layer pattern at depth 16, tied embeddings counted once, in millions.
 MILLIONS_AT_16 = {
@@ -138,3 +139,25 @@ def test_visible_pairs_by_counting(tokens: int, window: int | None) -> None:
         if j <= i and (window is None or j > i - window)
     ]
     assert footprint.visible_pairs(tokens, window) == len(pairs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_flops_of_matrix_products_equal_those_that_torch_counts(name: str) -> None:
+    tokens = 9
+    for tied in (True, False):
+        model = tiny_model(name, dtype=torch.float32, tie_embeddings=tied).train()
+        with FlopCounterMode(display=False) as counter:
+            model(random_ids(1, tokens)).sum().backward()
+        counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+        assert footprint.training_flops(model.config, tokens, attention=False) == counted
+
+
+def test_training_flops_of_the_head_and_of_the_visible_pairs() -> None:
+    config = tiny_config("transformer-ls")  # window 5, every fourth layer sees all
+    tokens = 9
+    whole = footprint.training_flops(config, tokens)
+    head = 6 * tokens * config.vocab_size * config.hidden_size
+    assert whole - footprint.training_flops(config, tokens, head=False) == head
+    pairs = sum(45 if layer.window is None else 5 * 6 // 2 + 4 * 5 for layer in config.layers)
+    attention = whole - footprint.training_flops(config, tokens, attention=False)
+    assert attention == 3 * 4 * config.attention_size * pairs
