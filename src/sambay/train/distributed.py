@@ -162,7 +162,7 @@ def joined(config: RunConfig) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # A process that stands still is found by the watchdog; this is for what that one misses.
-    patience = datetime.timedelta(seconds=2 * config.resilience.hang_seconds)
+    patience = datetime.timedelta(seconds=2 * config.resilience.hang_seconds + 60)
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=patience)))
     store.set_timeout(patience)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

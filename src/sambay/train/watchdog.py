@@ -13,7 +13,6 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from sambay.train.distributed import World
 
 EXIT_HANGING = 70
+_VERDICT = "verdict"
 _OFTEN = 10.0  # seconds between two reports, or less if the patience is short
 
 
@@ -45,16 +45,10 @@ class Place:
 
 
 class Watchdog:
-    """While entered, ends this process if it stands still, and says which one is to blame.
+    """While entered, ends this process if it stands still; one process says which is to blame."""
 
-    `end` is called with the message, or with None where another process gives it.
-    """
-
-    def __init__(
-        self, world: World, seconds: float, end: Callable[[str | None], None] | None = None
-    ) -> None:
+    def __init__(self, world: World, seconds: float) -> None:
         self._world, self._seconds = world, seconds
-        self._end = end or _end_process
         self._interval = min(seconds / 5, _OFTEN)
         self._moves, self._step, self._phase = 0, 0, "starting"
         self._moved_at = time.monotonic()
@@ -94,11 +88,14 @@ class Watchdog:
                     self._blame(store)
             except (RuntimeError, ValueError) as error:  # what torch raises for a lost store
                 if time.monotonic() - self._moved_at > self._seconds:
-                    self._end(
-                        f"process {self._world.rank} stood for {self._seconds:g} s in "
-                        f"'{self._phase}', and the process that runs torch's store (the launcher's "
-                        f"or process 0) does not answer: {str(error).splitlines()[0]}"
+                    print(
+                        f"error: process {self._world.rank} stood for {self._seconds:g} s in "
+                        f"'{self._phase}', and the process that runs torch's store (the launcher "
+                        f"or process 0) does not answer: {str(error).splitlines()[0]}",
+                        file=sys.stderr,
+                        flush=True,
                     )
+                    _end_process()
 
     def _own_store(self) -> dist.Store:
         """A connection of this thread's own: the main thread may be waiting on the other."""
@@ -121,14 +118,21 @@ class Watchdog:
         before = self._places(store)
         if self._over.wait(3 * self._interval):
             return
+        if store.check([_VERDICT]):
+            _end_process(float(store.get(_VERDICT)))
         self._report(store)
         now = self._places(store)
         if time.monotonic() - self._moved_at < self._seconds:
             return
         alive = [rank for rank, place in now.items() if place.reports > before[rank].reports]
-        guilty = _guilty(now, alive)
-        speaker = min(alive, default=self._world.rank)
-        self._end(_message(now, guilty, self._seconds) if self._world.rank == speaker else None)
+        if self._world.rank != min(alive, default=self._world.rank):
+            return  # to wait for the verdict of that one
+        # The store may live in this process, so all end together, when all have read this.
+        end_at = time.time() + 6 * self._interval
+        store.set(_VERDICT, str(end_at))
+        message = _message(now, _guilty(now, alive), self._seconds)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        _end_process(end_at)
 
     def _places(self, store: dist.Store) -> dict[int, Place]:
         places = {}
@@ -178,8 +182,7 @@ def _whereabouts(thread: int) -> tuple[bool, str]:
     return waits, line
 
 
-def _end_process(message: str | None) -> None:
+def _end_process(at: float = 0.0) -> None:
+    time.sleep(max(at - time.time(), 0.0))
     # The main thread cannot be interrupted where it waits, and there is nothing left to save.
-    if message is not None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(EXIT_HANGING)
