@@ -26,8 +26,8 @@ def test_phi4_mini_flash(capsys: pytest.CaptureFixture[str]) -> None:
         ("parameters", "3,852,562,944 (3,340,399,104 without embeddings)"),
         ("batch", "1024 x 8192 = 8,388,608 tokens per step"),
         ("length", "596,046 steps"),
-        ("matrices", "learning rate 0.0005, weight decay 0.1"),
-        ("all others", "learning rate 0.0005, weight decay 0.1"),
+        ("learning rate", "0.0005 at its peak for matrices, 0.0005 for all others"),
+        ("optimiser", "weight decay 0.1 of matrices and 0.1 of all others, first weights standard"),
         ("loss", "label smoothing 0.1, attention dropout 0.05: self-decoder from step 310,000, "
                  "cross-decoder from step 520,000"),
         ("disk", "every 10000-th step's for good"),
@@ -40,8 +40,9 @@ def test_phi4_mini_flash(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_rates_by_role(capsys: pytest.CaptureFixture[str]) -> None:
     lines = dry_run(capsys, "ladder", "depth=8")
-    assert "learning rate 0.001131, weight decay 0.1" in line(lines, "matrices")
-    assert "learning rate 0.0005657, weight decay 0 (embeddings" in line(lines, "all others")
+    rates = line(lines, "learning rate")
+    assert "0.001131 at its peak for matrices, 0.0005657 for all others (embeddings" in rates
+    assert "weight decay 0.1 of matrices and 0 of all others" in line(lines, "optimiser")
 
 
 def test_devices_and_speed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,13 +103,14 @@ def _learning(config: RunConfig) -> list[tuple[str, str]]:
         (
             "optimiser",
             f"AdamW, {schedule.kind.value} schedule, warm-up {schedule.warmup_tokens:,} tokens, "
-            f"clipping {optimizer.clip_norm:g}, first weights {config.init_scheme.value}",
+            f"clipping {optimizer.clip_norm:g}, weight decay {optimizer.weight_decay:g} of "
+            f"matrices and {optimizer.vector_weight_decay:g} of all others, first weights "
+            f"{config.init_scheme.value}",
         ),
-        ("matrices", f"learning rate {peak * factor:.4g}, weight decay {optimizer.weight_decay:g}"),
         (
-            "all others",
-            f"learning rate {peak:.4g}, weight decay {optimizer.vector_weight_decay:g} "
-            "(embeddings, head, norms, biases, convolutions, SSM parameters)",
+            "learning rate",
+            f"{peak * factor:.4g} at its peak for matrices, {peak:.4g} for all others (embeddings, "
+            "head, norms, biases, convolutions, SSM parameters)",
         ),
     ]
     terms = []
