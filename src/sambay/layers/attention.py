@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
+from sambay.layers.own_part import own_part
 from sambay.layers.precision import Float32Parameters
 from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
@@ -69,8 +70,8 @@ class DifferentialMaps(Float32Parameters):
 
     def weight(self) -> Tensor:
         """The scalar lambda, float32."""
-        first = torch.exp(torch.sum(self.lambda_q1 * self.lambda_k1))
-        second = torch.exp(torch.sum(self.lambda_q2 * self.lambda_k2))
+        first = torch.exp(torch.sum(own_part(self.lambda_q1) * own_part(self.lambda_k1)))
+        second = torch.exp(torch.sum(own_part(self.lambda_q2) * own_part(self.lambda_k2)))
         return first - second + self.lambda_init
 
     def forward(
@@ -88,7 +89,8 @@ class DifferentialMaps(Float32Parameters):
             segments_BT=segments,
             dropout=self.dropout if self.training else 0.0,
         )
-        out = F.rms_norm(out, out.shape[-1:], self.norm_weight.to(out.dtype), self.eps)
+        norm_weight = own_part(self.norm_weight).to(out.dtype)
+        out = F.rms_norm(out, out.shape[-1:], norm_weight, self.eps)
         return (out * (1 - self.lambda_init)).transpose(1, 2).flatten(2)
 
 
@@ -139,6 +141,7 @@ class SelfAttention(CrossAttention):
         "kv_proj.weight": Role.MATRIX,
         "kv_proj.bias": Role.VECTOR,
     }
+    halves: ClassVar = ("kv_proj.weight", "kv_proj.bias")
 
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__(config, layer)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
+from sambay.layers.own_part import own_part
 from sambay.layers.precision import Float32Parameters
 from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
@@ -40,6 +41,7 @@ class Mamba(Float32Parameters):
         "out_proj.weight": Role.MATRIX,
     }
     float32_parameters: ClassVar = ("A_log", "D", "dt_bias")
+    halves: ClassVar = ("in_proj.weight",)
 
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
@@ -78,8 +80,8 @@ class Mamba(Float32Parameters):
         conv_state = None if state is None else state.buffers["conv"].to(u_BTE.dtype)
         x_BTE = causal_conv(
             u_BTE,
-            self.conv_weight,
-            self.conv_bias,
+            own_part(self.conv_weight),
+            own_part(self.conv_bias),
             initial_state_BCE=conv_state,
             resets_BT=resets,
         )
@@ -88,8 +90,8 @@ class Mamba(Float32Parameters):
         y_BTE, last_BEN = selective_scan(
             x_BTE,
             *self._scan_inputs(x_BTE),
-            self.D,
-            delta_bias_E=self.dt_bias,
+            own_part(self.D),
+            delta_bias_E=own_part(self.dt_bias),
             initial_state_BEN=None if state is None else state.buffers["ssm"],
             resets_BT=resets,
         )
@@ -115,4 +117,5 @@ class Mamba(Float32Parameters):
     def _scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """delta (before bias and softplus), A, B and C, all functions of the input but A."""
         dt, B, C = self.x_proj(x).split(self.splits, dim=-1)
-        return self.dt_proj(dt), -torch.exp(self.A_log), B, C
+        A_EN = -torch.exp(own_part(self.A_log))
+        return self.dt_proj(dt), A_EN, own_part(B), own_part(C)

@@ -17,6 +17,7 @@ class SwiGLU(nn.Module):
     """out_proj(silu(gate) * value); `in_proj` holds the gate rows first, then the value rows."""
 
     roles: ClassVar = {"in_proj.weight": Role.MATRIX, "out_proj.weight": Role.MATRIX}
+    halves: ClassVar = ("in_proj.weight",)
 
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()

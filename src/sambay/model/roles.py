@@ -1,10 +1,19 @@
-"""The role of every parameter, as its modules declare it; no name is interpreted."""
+"""What every parameter is, as its modules declare it; no name is interpreted."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from sambay.layers.roles import Role
+
+
+def halved_parameters(model: nn.Module) -> set[str]:
+    """The parameters whose rows are two matrices, one below the other, as modules declare them."""
+    return {
+        f"{prefix}.{path}" if prefix else path
+        for prefix, module in model.named_modules()
+        for path in getattr(module, "halves", ())
+    }
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:

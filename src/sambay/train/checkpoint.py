@@ -22,6 +22,7 @@ from torch import nn
 
 from sambay.errors import CheckpointMismatch
 from sambay.files import sha256_of, write_json
+from sambay.model.roles import halved_parameters
 from sambay.model.publish import publish_folder, remove_folder, remove_leftovers
 from sambay.train.config import CheckpointConfig, RunConfig
 from sambay.train.distributed import World
@@ -174,7 +175,11 @@ def state_pieces(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     """What this process holds of weights and moments, by name; views of them."""
     tensors = {MODEL_PREFIX + name: value for name, value in model.named_parameters()}
     tensors |= optimizer_tensors(optimizer, model)
-    return {name: pieces_of(tensor) for name, tensor in tensors.items()}
+    halved = halved_parameters(model)
+    return {
+        name: pieces_of(tensor, in_halves=name.partition(".")[2] in halved)
+        for name, tensor in tensors.items()
+    }
 
 
 def restore(

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from sambay.model import LanguageModel
 from sambay.model.folder import materialise
 from sambay.model.init import value_makers
+from sambay.model.roles import halved_parameters
 from sambay.train.config import Precision, RunConfig
-from sambay.train.distributed import REPLICATE, SHARD, World
+from sambay.train.distributed import REPLICATE, SHARD, TENSOR, World
 from sambay.train.pieces import pieces_of
+from sambay.train.tensor_parallel import split_layers
 
 
 def build_model(config: RunConfig, world: World) -> LanguageModel:
@@ -48,14 +50,15 @@ def build_model(config: RunConfig, world: World) -> LanguageModel:
 @torch.no_grad()
 def fill(model: nn.Module, makers: dict[str, Callable[[], Tensor]]) -> None:
     """Give every parameter its value, or this process's part of it."""
+    halved = halved_parameters(model)
     for name, parameter in model.named_parameters():
         value = makers[name]()
-        for part in pieces_of(parameter).parts:
+        for part in pieces_of(parameter, in_halves=name in halved).parts:
             part.values.copy_(value[part.place])
 
 
 def parallelise(model: LanguageModel, config: RunConfig, world: World) -> None:
-    """Shard a model on the meta device over the processes of a run."""
+    """Split and shard a model on the meta device over the processes of a run."""
     from torch.distributed.fsdp import (
         FSDPModule,
         MixedPrecisionPolicy,
@@ -64,6 +67,8 @@ def parallelise(model: LanguageModel, config: RunConfig, world: World) -> None:
     )
 
     assert world.mesh is not None
+    if world.tensor_size > 1:  # before FSDP, which cuts what each process of a group holds
+        split_layers(model, world.mesh[TENSOR])
     replicas = world.mesh[REPLICATE].size()
     mesh = world.mesh[REPLICATE, SHARD] if replicas > 1 else world.mesh[SHARD]
     # Autocast inside the modules decides about inputs; FSDP only brings the weights.

@@ -6,6 +6,7 @@ them. So nothing in it depends on how many processes wrote it, or on how they sh
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sambay.errors import CheckpointMismatch
 from sambay.files import WriteFailed
-from sambay.train.distributed import World
+from sambay.train.distributed import TENSOR, World
 
 
 class Part(NamedTuple):
@@ -91,22 +92,80 @@ class Pieces:
         raise AssertionError(f"{index} was planned from these pieces")
 
 
-def pieces_of(tensor: Tensor) -> Pieces:
-    """What this process holds of a tensor, plain or distributed; the values are views."""
+def pieces_of(tensor: Tensor, *, in_halves: bool = False) -> Pieces:
+    """What this process holds of a tensor, plain or distributed; the values are views.
+
+    `in_halves`: a tensor group has split each half of the rows by itself, so that what a process
+    holds comes from two places.
+    """
     values = tensor.detach()
     if not hasattr(values, "to_local"):
         return Pieces(values.shape, (Part((0,) * values.dim(), values),))
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(values, DTensor)
     local = values.to_local()
-    shape, offsets = compute_local_shape_and_global_offset(
-        values.shape, values.device_mesh, values.placements
-    )
-    assert tuple(shape) == tuple(local.shape), (shape, local.shape)
-    parts = (Part(tuple(offsets), local),) if local.numel() else ()
-    return Pieces(values.shape, parts)
+    runs = _held_runs(values, in_halves)
+    held = tuple(sum(stop - start for start, stop in dimension) for dimension in runs)
+    assert held == tuple(local.shape), (held, local.shape)
+    parts = []
+    for block in itertools.product(*map(_with_positions, runs)):
+        part = local
+        for dimension, (_, position, count) in enumerate(block):
+            part = part.narrow(dimension, position, count)
+        if part.numel():
+            parts.append(Part(tuple(first for first, _, _ in block), part))
+    return Pieces(values.shape, tuple(parts))
+
+
+_Runs = list[tuple[int, int]]  # of consecutive rows or columns: first, end
+
+
+def _held_runs(tensor: Any, in_halves: bool) -> list[_Runs]:
+    """Where the local values of a distributed tensor come from, by dimension.
+
+    Counted here because torch's own calculation knows nothing of halves. A tensor group splits
+    first, then FSDP cuts what each of the group holds: mesh dimensions from last to first.
+    """
+    mesh = tensor.device_mesh
+    runs: list[_Runs] = [[(0, size)] for size in tensor.shape]
+    for index in reversed(range(mesh.ndim)):
+        place, count, rank = tensor.placements[index], mesh.size(index), mesh.get_local_rank(index)
+        assert not place.is_partial(), tensor.placements
+        if place.is_replicate():
+            continue
+        held = runs[place.dim]
+        if mesh.mesh_dim_names[index] == TENSOR and in_halves and place.dim == 0:
+            middle = tensor.shape[0] // 2
+            halves = ([(0, middle)], [(middle, tensor.shape[0])])
+            held = [run for half in halves for run in _share(half, count, rank)]
+        else:
+            held = _share(held, count, rank)
+        runs[place.dim] = held
+    return runs
+
+
+def _share(runs: _Runs, count: int, rank: int) -> _Runs:
+    """The runs of one of `count` processes that divide these as `torch.chunk` does."""
+    total = sum(stop - start for start, stop in runs)
+    size = -(-total // count)
+    first, end = rank * size, (rank + 1) * size
+    share, position = [], 0
+    for start, stop in runs:
+        low, high = max(first - position, 0), min(end - position, stop - start)
+        if low < high:
+            share.append((start + low, start + high))
+        position += stop - start
+    return share
+
+
+def _with_positions(runs: _Runs) -> list[tuple[int, int, int]]:
+    """For each run its place in the whole, its place in what is held, and its length."""
+    placed, position = [], 0
+    for start, stop in runs:
+        placed.append((start, position, stop - start))
+        position += stop - start
+    return placed
 
 
 def save_pieces(tensors: Mapping[str, Pieces], folder: Path, world: World) -> None:

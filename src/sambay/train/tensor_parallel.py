@@ -25,3 +25,97 @@ layers that read them need.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from sambay.layers.attention import CrossAttention, SelfAttention
+from sambay.layers.gated_memory import GatedMemoryUnit
+from sambay.layers.mamba import Mamba
+from sambay.layers.mlp import SwiGLU
+from sambay.model import LanguageModel
+from sambay.train.distributed import TENSOR, World
+from sambay.train.loss import VocabularyShard
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.parallel.style import ParallelStyle
+
+
+def split_layers(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Give every process of a tensor group its part of a model on the meta device."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    for block in model.blocks:
+        for module in (block.mixer, block.mlp):
+            parallelize_module(module, mesh, _plan(module), src_data_rank=None)
+    # An embedding is a product with one-hot rows: split by classes, its result is summed.
+    classes = RowwiseParallel(input_layouts=Replicate())
+    parallelize_module(model.embedding, mesh, classes, src_data_rank=None)
+    if model.config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    else:
+        parallelize_module(model.head, mesh, _own_parameters(by_rows=True), src_data_rank=None)
+
+
+def vocabulary_shard(model: LanguageModel, world: World) -> VocabularyShard | None:
+    """The classes of this process, where the processes of a group share them."""
+    if world.mesh is None or world.tensor_size == 1:
+        return None
+    mesh, count = world.mesh[TENSOR], model.config.vocab_size
+    share = -(-count // world.tensor_size)
+    return VocabularyShard(mesh.get_group(), min(mesh.get_local_rank() * share, count), count)
+
+
+def _plan(module: nn.Module) -> dict[str, ParallelStyle]:
+    """How to split the parts of a mixer or an MLP."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+    )
+
+    # torch names them by the transposed weight: "column-wise" splits rows of ours.
+    rows, columns = ColwiseParallel(), RowwiseParallel()
+    match module:
+        case SelfAttention():
+            # Both projections read one distributed input, so its gradient is summed once.
+            layouts = (Replicate(), None, None, None)
+            shared = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+            plan = {"": shared, "q_proj": rows, "kv_proj": rows, "out_proj": columns}
+        case CrossAttention():
+            plan = {"q_proj": rows, "out_proj": columns}
+        case Mamba():
+            plan = {
+                "": _own_parameters(by_rows=True),
+                "in_proj": rows,
+                "x_proj": RowwiseParallel(use_local_output=False),
+                "dt_proj": rows,
+                "out_proj": columns,
+            }
+        case GatedMemoryUnit() | SwiGLU():
+            plan = {"in_proj": rows, "out_proj": columns}
+        case _:
+            raise AssertionError(f"no way to split {type(module).__name__} is known")
+    if isinstance(module, CrossAttention):
+        plan["maps"] = _own_parameters(by_rows=False)
+    return plan
+
+
+def _own_parameters(*, by_rows: bool) -> ParallelStyle:
+    """Split or repeat the parameters a module itself holds; it takes its part by `own_part`."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel.style import ParallelStyle
+
+    class OwnParameters(ParallelStyle):
+        def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+            place = Shard(0) if by_rows else Replicate()
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                split = distribute_tensor(parameter, device_mesh, [place], src_data_rank=None)
+                module.register_parameter(name, nn.Parameter(split))
+            return module
+
+    return OwnParameters()

@@ -13,6 +13,7 @@ from torch import Tensor
 from sambay.data.batches import Batch
 from sambay.errors import SambayError
 from sambay.layers.attention import set_attention_dropout
+from sambay.layers.own_part import own_part
 from sambay.train.config import Precision, RunConfig
 from sambay.train.distributed import World, compute_device
 from sambay.train.loss import IGNORE, Losses, cross_entropy
@@ -25,6 +26,7 @@ from sambay.train.optim import (
     set_learning_rate,
 )
 from sambay.train.parallel import build_model, release
+from sambay.train.tensor_parallel import vocabulary_shard
 from sambay.train.watchdog import Watchdog
 
 
@@ -160,8 +162,9 @@ class Trainer:
             h_BTD = h_BTD.bfloat16()
         return cross_entropy(
             h_BTD,
-            self.model.head_weight,
+            own_part(self.model.head_weight),
             batch.labels.to(self.device),
+            shard=vocabulary_shard(self.model, self.world),
             smoothing=settings.label_smoothing if self.model.training else 0.0,
             z_loss=settings.z_loss if self.model.training else 0.0,
         )
