@@ -27,6 +27,8 @@ PACKAGES = {
     "tqdm": ("data", "progress bars"),
     "tensorboard": ("train", "training curves"),
     "matplotlib": ("train", "pictures"),
+    "trackio": ("track", "training curves"),
+    "wandb": ("track", "training curves"),
     "transformers": ("bench", "comparison with peers"),
 }
 
