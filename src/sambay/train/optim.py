@@ -53,18 +53,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients together, over all processes."""
-    by_mesh: dict[object, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            mesh = getattr(parameter.grad, "device_mesh", None)
-            by_mesh.setdefault(mesh, []).append(parameter.grad)
-    norms = [_whole(nn.utils.get_total_norm(gradients)) for gradients in by_mesh.values()]
+    groups = _by_mesh(parameters)
+    norms = [
+        _whole(nn.utils.get_total_norm([one.grad for one in group if one.grad is not None]))
+        for group in groups
+    ]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients down so that their norm, which is `norm`, is at most `max_norm`."""
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    for group in _by_mesh(parameters):
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those with gradients, in groups that one operation may take together."""
+    groups: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    return list(groups.values())
 
 
 def _whole(tensor: Tensor) -> Tensor:
