@@ -21,6 +21,7 @@ from sambay.train.config import (
     CheckpointConfig,
     LoggingConfig,
     OptimizerConfig,
+    ParallelConfig,
     Precision,
     ResilienceConfig,
     RunConfig,
@@ -67,7 +68,10 @@ def test_roles_without_gradients_are_left_out() -> None:
     assert role_norm_metrics(model) == {}
 
 
-def test_norms_by_role_over_two_processes(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [ParallelConfig(shard=2), ParallelConfig(tensor=2)])
+def test_norms_by_role_over_two_processes(
+    parallel: ParallelConfig, make_config: MakeConfig, tmp_path: Path
+) -> None:
     tokens = 4 * SEQUENCE
     config = make_config(
         batch=BatchConfig(4, 4),
@@ -75,7 +79,8 @@ def test_norms_by_role_over_two_processes(make_config: MakeConfig, tmp_path: Pat
         checkpoint=CheckpointConfig(100),
     )
     train(config, tmp_path / "one")
-    together(2, lambda: train(config, tmp_path / "two"), tmp_path / "answers")
+    shared = replace(config, parallel=parallel)
+    together(2, lambda: train(shared, tmp_path / "two"), tmp_path / "answers")
     one, two = (read_metrics(tmp_path / name)[-1] for name in ("one", "two"))
     names = [name for name in one if name.startswith("gradient_norm")]
     assert len(names) == 5

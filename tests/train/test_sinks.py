@@ -166,11 +166,14 @@ def test_a_missing_package_is_named_before_anything_is_written(
     assert not (tmp_path / "config.json").exists()
 
 
-def test_installed_is_what_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_is_what_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sinks._is_installed("json")
     assert not sinks._is_installed("no_such_package_at_all")
     monkeypatch.setitem(sys.modules, "json", None)
     assert not sinks._is_installed("json")
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not sinks._is_installed("only_a_folder")
 
 
 def test_a_dry_run_misses_packages_too(

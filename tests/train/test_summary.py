@@ -289,7 +289,10 @@ def test_numbers_of_an_axis(value: float, largest: float | None, text: str) -> N
 
 
 def test_the_command_writes_it_at_the_end_and_on_demand(
-    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = tmp_path / "config.json"
     recipe.write_text(json.dumps(make_config(steps=2).to_dict()))
@@ -301,6 +304,11 @@ def test_the_command_writes_it_at_the_end_and_on_demand(
     summary.unlink()
     assert main(["train", str(run_dir), "--summary"]) == 0
     assert summary.read_text() == first
+    (tmp_path / "runs").mkdir()
+    run_dir.rename(tmp_path / "runs" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "--summary"]) == 0  # where it is by default
+    assert "summary: runs/tiny/summary.html" in capsys.readouterr().out
     assert main(["train", "nothing", "--run-dir", str(tmp_path / "none"), "--summary"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

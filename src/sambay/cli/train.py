@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--summary",
         action="store_true",
-        help="write DIR/summary.html about the run in DIR (or in RECIPE), also while it runs",
+        help="write DIR/summary.html about the run in DIR (or in RECIPE), also while it goes on",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="remove the run that is in DIR and start again"
@@ -140,7 +140,9 @@ def _export(args: argparse.Namespace) -> int:
 def _summarise(args: argparse.Namespace) -> int:
     from sambay.train.summary import write_summary
 
-    print(f"summary: {write_summary(args.run_dir or Path(args.recipe))}")
+    here, default = Path(args.recipe), Path("runs") / args.recipe
+    run_dir: Path = args.run_dir or (here if here.is_dir() else default)
+    print(f"summary: {write_summary(run_dir)}")
     return 0
 
 

@@ -169,9 +169,12 @@ _OPENERS: dict[Sink, Callable[[SinkRun], MetricsSink]] = {
 
 def _is_installed(package: str) -> bool:
     try:
-        return importlib.util.find_spec(package) is not None
+        spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # the second: it is in sys.modules, without a specification
         return False
+    # A folder of that name in the current directory, such as wandb leaves behind, is no package.
+    is_folder = spec is not None and spec.origin is None and spec.submodule_search_locations
+    return spec is not None and not is_folder
 
 
 def _first_line(error: Exception) -> str:
