@@ -124,6 +124,9 @@ def test_shards_divide_the_state_and_replicas_do_not() -> None:
     assert 8 * eight.optimizer == pytest.approx(one.optimizer, rel=1e-6)
     assert eight.gathered > config.model.vocab_size * config.model.hidden_size * 4
     assert memory_estimate(config, Layout(16, 8, 1)) == eight
+    copies = memory_estimate(config, Layout(8, 1, 1))  # each whole, and gathered all the same
+    assert copies.optimizer == one.optimizer
+    assert copies.gathered == eight.gathered
     split = memory_estimate(config, Layout(1, 8, 2))
     assert 2 * split.optimizer == pytest.approx(eight.optimizer, rel=1e-6)
     assert eight.activations / 2 < split.activations < eight.activations

@@ -91,8 +91,9 @@ def memory_estimate(
         if value == _NARROW:  # autocast's; those of a block only, where blocks run twice
             none = recompute is ActivationCheckpointing.NONE
             copies = value * (sum(matrices) if none else max(matrices))
-    elif layout.shard > 1:
-        # Two blocks at a time and all that is no matrix; gradients are reduced in float32.
+    else:
+        # FSDP, also where nothing is sharded: two blocks at a time and all that is no matrix.
+        # Gradients are added up in float32.
         gathered = max(matrices) * (2 * value + value + _FLOAT) + others * 2 * _FLOAT
         gathered //= layout.tensor
     return MemoryEstimate(

@@ -165,6 +165,7 @@ def outlook(
     lines.append(
         f"  layout: replicas x shards x tensor. hours: at {rate / 1e12:.4g} TFLOP/s of useful work "
         f"per device, {why}; work done twice to save memory, evaluation and saving come on top"
+        + ("; rows count as one document each" if config.data.separate_documents else "")
     )
     return lines
 
