@@ -40,6 +40,7 @@ from tests.train.test_resume import StopAt, assert_same_run, final_tensors
 
 MakeConfig = Callable[..., RunConfig]
 BATCH = 8
+SLOW = pytest.mark.slow
 SOON = {"checkpoint": CheckpointConfig(every_steps=100)}  # the last step only
 
 
@@ -77,22 +78,22 @@ def assert_close(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> No
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
 
 
-def test_two_processes_learn_what_one_learns(make: MakeConfig, tmp_path: Path) -> None:
-    config = make(steps=50)
+@pytest.mark.parametrize(
+    ("count", "steps"),
+    [(2, 12), pytest.param(2, 50, marks=SLOW), pytest.param(4, 50, marks=SLOW)],
+)
+def test_many_processes_learn_what_one_learns(
+    count: int, steps: int, make: MakeConfig, tmp_path: Path
+) -> None:
+    config = make(steps=steps)
     alone = run(1, config, tmp_path / "one")
-    assert_close(run(2, config, tmp_path / "two"), alone)
-    assert alone[0]["loss"] - alone[-1]["loss"] > 2
-    models = [load_model_folder(tmp_path / name / "model") for name in ("one", "two")]
+    assert_close(run(count, config, tmp_path / "many"), alone)
+    assert alone[0]["loss"] - alone[-1]["loss"] > 1
+    models = [load_model_folder(tmp_path / name / "model") for name in ("one", "many")]
     first, second = (dict(model.named_parameters()) for model in models)
     assert first.keys() == second.keys()
     for name, parameter in first.items():
         assert torch.allclose(parameter, second[name], atol=1e-4), name
-
-
-@pytest.mark.slow
-def test_four_processes_learn_what_one_learns(make: MakeConfig, tmp_path: Path) -> None:
-    config = make(steps=50)
-    assert_close(run(4, config, tmp_path / "four"), run(1, config, tmp_path / "one"))
 
 
 def test_replicas_of_shards(make: MakeConfig, tmp_path: Path) -> None:
@@ -100,15 +101,18 @@ def test_replicas_of_shards(make: MakeConfig, tmp_path: Path) -> None:
     data = DataConfig(
         make().data.directory, SEQUENCE, separate_documents=True, packing=Packing.BEST_FIT
     )
-    config = make(data=data, batch=BatchConfig(BATCH, 1), parallel=ParallelConfig(replicate=2))
+    config = make(
+        steps=2, data=data, batch=BatchConfig(BATCH, 1), parallel=ParallelConfig(replicate=2)
+    )
     alone = replace(config, parallel=ParallelConfig())
     assert_close(run(4, config, tmp_path / "four"), run(1, alone, tmp_path / "one"))
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=SLOW)])
 def test_recomputing_in_shards(recompute: str, make: MakeConfig, tmp_path: Path) -> None:
     config = make(
         "sambay+da",
+        steps=3,
         activation_checkpointing=ActivationCheckpointing(recompute),
         model=tiny_config("sambay+da", vocab_size=make().model.vocab_size, tie_embeddings=False),
     )
@@ -167,7 +171,7 @@ def test_initial_weights_do_not_depend_on_the_number_of_processes(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.slow)],
+    [(2, 1), pytest.param(1, 2, marks=SLOW), pytest.param(2, 4, marks=SLOW)],
 )
 def test_another_number_of_processes_continues(
     before: int, after: int, make: MakeConfig, tmp_path: Path
@@ -181,6 +185,7 @@ def test_another_number_of_processes_continues(
     )
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(make: MakeConfig, tmp_path: Path) -> None:
     config = make(steps=5)
     run(2, config, tmp_path / "whole")

@@ -69,7 +69,7 @@ def ended(config: RunConfig, run_dir: Path, **options: Any) -> list[Ended]:
     return finish(start(2, lambda: train(config, run_dir, **options), folder), folder)
 
 
-@pytest.mark.parametrize("moments", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_of_one_process_at_random_moments(
     moments: int, make: MakeConfig, tmp_path: Path
 ) -> None:
@@ -95,7 +95,10 @@ def test_kill_9_of_one_process_at_random_moments(
     assert_same_run(killed, tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGTERM), (0, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
     rank: int, number: int, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +180,9 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(
 ) -> None:
     config = make(resilience=ResilienceConfig(max_skips=2))
     poison(monkeypatch, {3, 4, 5}, math.nan)
-    with pytest.raises(TrainingDiverged, match=r"step 5: the loss is nan .*3 steps in a row") as got:
+    with pytest.raises(
+        TrainingDiverged, match=r"step 5: the loss is nan .*3 steps in a row"
+    ) as got:
         train(config, tmp_path)
     assert "step-00000002" in str(got.value)
     assert "\n" not in str(got.value)
@@ -256,12 +261,10 @@ def test_a_full_disk_under_one_process_stops_all_and_leaves_the_last_checkpoint(
     assert all("the disk is full" in str(one.error) for one in both), [one.error for one in both]
     left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert left == ["step-00000002"]
-    two(config, tmp_path / "run")
-    two(config, tmp_path / "whole")
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert two(config, tmp_path / "run")[0].progress.step == 6
 
 
-@pytest.mark.parametrize("how", ["sleeping", "frozen"])
+@pytest.mark.parametrize("how", ["sleeping", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_a_process_that_stands_still_is_named(
     how: str, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
