@@ -22,8 +22,8 @@ from torch import nn
 
 from sambay.errors import CheckpointMismatch
 from sambay.files import sha256_of, write_json
-from sambay.model.roles import halved_parameters
 from sambay.model.publish import publish_folder, remove_folder, remove_leftovers
+from sambay.model.roles import halved_parameters
 from sambay.train.config import CheckpointConfig, RunConfig
 from sambay.train.distributed import World
 from sambay.train.optim import optimizer_tensors, set_optimizer_step
@@ -223,10 +223,11 @@ def stored_progress(path: Path, state: dict[str, Any]) -> Progress:
         CheckpointMismatch: an entry is missing.
     """
     try:
-        values = {name: state[name] for name in Progress.__dataclass_fields__}
+        values: dict[str, Any] = {name: state[name] for name in Progress.__dataclass_fields__}
     except KeyError as error:
         raise CheckpointMismatch(f"{path / STATE_FILE} has no {error}; remove {path}") from error
-    return Progress(**(values | {"recent_losses": tuple(values["recent_losses"])}))
+    values["recent_losses"] = tuple(values["recent_losses"])
+    return Progress(**values)
 
 
 def check_files(path: Path, state: dict[str, Any], *, share: tuple[int, int] = (0, 1)) -> None:

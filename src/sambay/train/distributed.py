@@ -21,6 +21,7 @@ from sambay.train.config import Device, RunConfig
 from sambay.train.layout import sizes_for
 
 if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
     from torch.distributed.device_mesh import DeviceMesh
 
 _T = TypeVar("_T")
@@ -53,7 +54,7 @@ class World:
     data_size: int = 1
     mesh: DeviceMesh | None = None
     save_group: dist.ProcessGroup | None = None
-    store: dist.Store | None = field(default=None, repr=False)
+    store: Store | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -161,13 +162,16 @@ def joined(config: RunConfig) -> Iterator[World]:
     device = compute_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.rendezvous import rendezvous
+
     # A process that stands still is found by the watchdog; this is for what that one misses.
     patience = datetime.timedelta(seconds=2 * config.resilience.hang_seconds + 60)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=patience)))
+    store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
     store.set_timeout(patience)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("sambay", store), rank=rank, world_size=size,
+        backend, store=PrefixStore("sambay", store), rank=rank, world_size=size,
         timeout=patience, device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
     try:
@@ -176,6 +180,8 @@ def joined(config: RunConfig) -> Iterator[World]:
         mesh = init_device_mesh(
             device.type, (replicate, shard, tensor), mesh_dim_names=(REPLICATE, SHARD, TENSOR)
         )
+        save_group = dist.new_group(backend="gloo", timeout=patience)
+        assert isinstance(save_group, dist.ProcessGroup)  # all processes are in it
         yield World(
             device,
             rank,
@@ -183,7 +189,7 @@ def joined(config: RunConfig) -> Iterator[World]:
             data_rank=mesh.get_local_rank(REPLICATE) * shard + mesh.get_local_rank(SHARD),
             data_size=replicate * shard,
             mesh=mesh,
-            save_group=dist.new_group(backend="gloo", timeout=patience),
+            save_group=save_group,
             store=store,
         )
     except RuntimeError as error:

@@ -84,7 +84,9 @@ def parallelise(model: LanguageModel, config: RunConfig, world: World) -> None:
             # parameters come before it starts, and in float32, since one group has one dtype.
             groups.append(fully_shard(block, mesh=mesh, mp_policy=plain))
         else:
-            matrices = [module for module in block.modules() if isinstance(module, nn.Linear)]
+            matrices: list[nn.Module] = [
+                module for module in block.modules() if isinstance(module, nn.Linear)
+            ]
             groups.append(fully_shard(matrices, mesh=mesh, mp_policy=policy)[0])
     groups.append(fully_shard(model, mesh=mesh, mp_policy=plain, reshard_after_forward=False))
     for group in groups:

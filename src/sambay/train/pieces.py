@@ -174,9 +174,10 @@ def save_pieces(tensors: Mapping[str, Pieces], folder: Path, world: World) -> No
     Raises:
         WriteFailed: the operating system refused a process; all processes raise it.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     class Planner(DefaultSavePlanner):
         def lookup_object(self, index: Any) -> Any:
@@ -184,9 +185,9 @@ def save_pieces(tensors: Mapping[str, Pieces], folder: Path, world: World) -> No
 
     _expect_one_process()
     try:
-        dcp.save(
+        save(
             dict(tensors),
-            storage_writer=dcp.FileSystemWriter(folder),
+            storage_writer=FileSystemWriter(folder),
             planner=Planner(),
             process_group=world.save_group,
             no_dist=world.mesh is None,
@@ -203,9 +204,10 @@ def load_pieces(tensors: Mapping[str, Pieces], folder: Path, world: World | None
     Raises:
         CheckpointMismatch: a damaged or missing file.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     class Planner(DefaultLoadPlanner):
         def set_up_planner(
@@ -222,9 +224,9 @@ def load_pieces(tensors: Mapping[str, Pieces], folder: Path, world: World | None
     alone = world is None or world.mesh is None
     _expect_one_process()
     try:
-        dcp.load(
+        load(
             dict(tensors),
-            storage_reader=dcp.FileSystemReader(folder),
+            storage_reader=FileSystemReader(folder),
             planner=Planner(flatten_state_dict=False),
             process_group=None if world is None else world.save_group,
             no_dist=alone,
@@ -244,13 +246,18 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     import pickle
 
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     try:
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     except (OSError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise CheckpointMismatch(f"{folder} cannot be read ({error}); remove it") from error
-    return {name: tuple(entry.size) for name, entry in stored.items() if hasattr(entry, "size")}
+    return {
+        name: tuple(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def _expect_one_process() -> None:
@@ -258,7 +265,7 @@ def _expect_one_process() -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
 
 
-def _refusal(folder: Path, error: Exception) -> str:
+def _refusal(folder: Path, error: BaseException) -> str:
     causes = list(_causes(error))
     refused = [cause for cause in causes if isinstance(cause, OSError)]
     reason = str((refused or causes)[0]).splitlines()[0]

@@ -15,10 +15,12 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from types import TracebackType
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from sambay.train.distributed import World
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 EXIT_HANGING = 70
 _VERDICT = "verdict"
@@ -97,15 +99,16 @@ class Watchdog:
                     )
                     _end_process()
 
-    def _own_store(self) -> dist.Store:
+    def _own_store(self) -> Store:
         """A connection of this thread's own: the main thread may be waiting on the other."""
-        store = self._world.store
-        assert store is not None
-        store = store.clone()
-        store.set_timeout(datetime.timedelta(seconds=max(self._interval, 5.0)))
-        return dist.PrefixStore("watchdog", store)
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 
-    def _report(self, store: dist.Store) -> None:
+        shared: Any = self._world.store
+        store = shared.clone()
+        store.set_timeout(datetime.timedelta(seconds=max(self._interval, 5.0)))
+        return PrefixStore("watchdog", store)
+
+    def _report(self, store: Store) -> None:
         self._reports += 1
         waits, line = _whereabouts(self._main)
         place = Place(
@@ -114,7 +117,7 @@ class Watchdog:
         )  # fmt: skip
         store.set(str(self._world.rank), json.dumps(asdict(place)))
 
-    def _blame(self, store: dist.Store) -> None:
+    def _blame(self, store: Store) -> None:
         before = self._places(store)
         if self._over.wait(3 * self._interval):
             return
@@ -134,7 +137,7 @@ class Watchdog:
         print(f"error: {message}", file=sys.stderr, flush=True)
         _end_process(end_at)
 
-    def _places(self, store: dist.Store) -> dict[int, Place]:
+    def _places(self, store: Store) -> dict[int, Place]:
         places = {}
         for rank in range(self._world.size):
             if store.check([str(rank)]):
