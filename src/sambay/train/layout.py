@@ -39,7 +39,6 @@ def _check_tensor_size(config: RunConfig) -> None:
         ("num_heads", model.num_heads, heads),
         ("num_kv_heads", model.num_kv_heads, heads),
         ("intermediate_size", model.intermediate_size, 1),
-        ("vocab_size", model.vocab_size, 1),
         ("hidden_size", model.d_inner, 1),
     ):
         if value % (size * unit):

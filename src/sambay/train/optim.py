@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sambay.model.roles import Role, parameter_roles
@@ -53,12 +55,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients together, over all processes."""
-    groups = _by_mesh(parameters)
-    norms = [
-        _whole(nn.utils.get_total_norm([one.grad for one in group if one.grad is not None]))
-        for group in groups
-    ]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local, groups = _local(parameter.grad)
+            by_groups.setdefault(groups, []).append(local)
+    norms = {groups: nn.utils.get_total_norm(held) for groups, held in by_groups.items()}
+    if not any(norms):
+        return next(iter(norms.values())) if norms else torch.tensor(0.0)
+    # One small sum for each way in which gradients are spread; torch's own needs as many for each
+    # mesh, and warns of it.
+    squares = []
+    for groups, norm in norms.items():
+        square = norm.double().square()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt().to(next(iter(norms.values())).dtype)
+
+
+def _local(gradient: Any) -> tuple[Tensor, tuple[dist.ProcessGroup, ...]]:
+    """What this process holds of a gradient, and the groups whose processes hold other parts."""
+    if not hasattr(gradient, "to_local"):
+        return gradient, ()
+    mesh = gradient.device_mesh
+    spread = [not place.is_replicate() for place in gradient.placements]
+    groups = [mesh.get_group(index) for index in range(mesh.ndim) if spread[index]]
+    return gradient.to_local(), tuple(groups)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
@@ -74,11 +97,6 @@ def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
         if parameter.grad is not None:
             groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
     return list(groups.values())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return tensor if full_tensor is None else full_tensor()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
