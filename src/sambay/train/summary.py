@@ -213,7 +213,7 @@ def _description(
     if config is not None:
         rows += [
             ("data", ", ".join(source.directory for source in config.data.sources)),
-            ("initialisation", f"{config.init_scheme.value}, seed {config.seed}"),
+            ("random numbers", f"seed {config.seed}, for weights, order of the data and dropout"),
         ]
     if environment is None:
         return [*rows, ("environment", "not recorded")]
