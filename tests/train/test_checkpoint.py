@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 
+from sambay.cli.main import main
 from sambay.errors import CheckpointMismatch
 from sambay.files import WriteFailed
+from sambay.hf.loading import load_model
 from sambay.model import LanguageModel, initialise
 from sambay.train import checkpoint
 from sambay.train.checkpoint import CheckpointStore, Progress, restore
@@ -31,7 +33,7 @@ from sambay.train.optim import build_optimizer
 from sambay.train.pieces import stored_shapes
 from sambay.train.same_run import check_same_run
 from tests.tiny import random_ids
-from tests.train.test_resume import assert_same_run
+from tests.train.test_resume import StopAt, assert_same_run
 
 MakeConfig = Callable[..., RunConfig]
 Parts = tuple[RunConfig, LanguageModel, torch.optim.AdamW]
@@ -168,8 +170,6 @@ def test_a_run_killed_twice_ends_like_an_undisturbed_one(
     short = replace(config, schedule=replace(config.schedule, total_tokens=(reached + 2) * 78))
     train(short, tmp_path / "killed", change_schedule=True)
     # The schedule was changed for the last two steps only, so run the comparison in two parts.
-    from tests.train.test_resume import StopAt
-
     train(config, tmp_path / "whole", display=StopAt(reached))
     train(short, tmp_path / "whole", change_schedule=True)
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
@@ -276,6 +276,25 @@ def test_model_from_run_directory_checkpoint_and_folder(
     model, _, _ = load_checkpoint_model(tmp_path)
     with torch.no_grad():
         assert torch.equal(model(ids), logits[0])
+
+
+def test_export_on_demand(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an unfinished run, in readings of a few tensors, and by the command."""
+    run_dir = tmp_path / "run"
+    train(make_config(), run_dir, display=StopAt(3))
+    assert not (run_dir / "model").exists()
+    folder = export_model(run_dir, tmp_path / "elsewhere")
+    assert main(["train", str(run_dir), "--export-only"]) == 0
+    assert str(run_dir / "model") in capsys.readouterr().out
+    model, _, _ = load_checkpoint_model(run_dir)
+    for path in (folder, run_dir / "model"):
+        exported = load_model(path)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, exported.get_parameter(name)), name
+    with pytest.raises(CheckpointMismatch, match="has no checkpoint to export"):
+        export_model(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["", "nothing", "checkpoints"])

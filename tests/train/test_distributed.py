@@ -119,6 +119,13 @@ def test_recomputing_in_shards(recompute: str, make: MakeConfig, tmp_path: Path)
     assert_close(run(2, config, tmp_path / "two"), run(1, config, tmp_path / "one"))
 
 
+@pytest.mark.slow
+def test_compiled_blocks_in_shards(make: MakeConfig, tmp_path: Path) -> None:
+    config = make(steps=2, compile=True)
+    alone = run(1, replace(config, compile=False), tmp_path / "one")
+    assert_close(run(2, config, tmp_path / "two"), alone)
+
+
 def test_bfloat16_agrees_and_the_recurrence_stays_float32(
     make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

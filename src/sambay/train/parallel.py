@@ -8,6 +8,7 @@ values, so one process and many agree.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -33,8 +34,7 @@ def build_model(config: RunConfig, world: World) -> LanguageModel:
     makers = value_makers(model, config.init_scheme, config.seed)
     model.recompute = config.activation_checkpointing.value
     if config.compile:
-        for block in model.blocks:
-            block.compile()
+        _compile_blocks(model)
     if world.mesh is None:
         empty = {id(p): torch.empty(p.shape, device=world.device) for p in model.parameters()}
         materialise(model, empty)
@@ -45,6 +45,18 @@ def build_model(config: RunConfig, world: World) -> LanguageModel:
             model.head.weight = model.embedding.weight
     fill(model, makers)
     return model
+
+
+def _compile_blocks(model: LanguageModel) -> None:
+    """Compile the blocks one by one, each for itself."""
+    # They share one function, of which torch by default keeps no more than eight versions: one for
+    # each block, with and without gradients, in up to two sizes.
+    limit = max(torch._dynamo.config.recompile_limit, 4 * len(model.blocks))
+    torch._dynamo.config.recompile_limit = limit
+    # Blocks publish views, which later layers read and never write.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for block in model.blocks:
+        block.compile()
 
 
 @torch.no_grad()
