@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sambay.data.batches import Batch
 from sambay.model import LanguageModel
 from sambay.model.folder import load_model_folder
 from sambay.model.roles import halved_parameters
+from sambay.spec import LayerKind
 from sambay.train.checkpoint import CheckpointStore
 from sambay.train.config import (
     ActivationCheckpointing,
@@ -133,6 +136,9 @@ def check_equal(configs: list[RunConfig], count: int, folder: Path) -> None:
             filled = torch.full_like(whole, float("nan"))
             for answer in answers:
                 for place, values in answer[number]["weights"][path]:
+                    known = filled[place]
+                    alike = known.isnan() | (known == values)
+                    assert bool(alike.all()), f"{name} {path}: copies differ"
                     filled[place] = values
             torch.testing.assert_close(filled, whole, rtol=1e-8, atol=1e-8, msg=f"{name} {path}")
             covered += whole.numel()
@@ -277,3 +283,36 @@ def test_processes_start_with_the_weights_of_one(make: MakeConfig, tmp_path: Pat
     repeated = sum(p.numel() for p in wanted.values() if p.dim() == 1)  # at the most
     size = sum(p.numel() for p in wanted.values())
     assert all(size / 2 <= held <= size / 2 + repeated for held in together(2, mine, tmp_path))
+
+
+class Messages(TorchDispatchMode):
+    """How many sums of which size the layers ask for; the loss and the gradient norm ask others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        namespace, _, name = str(function).partition(".")
+        if namespace == "_c10d_functional" and name.startswith(("all", "reduce", "broad")):
+            self.seen[name, args[0].numel()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_more_is_sent_than_must_be(make: MakeConfig, tmp_path: Path) -> None:
+    """One sum behind each mixer and MLP, one before it on the way back; small ones in Mamba."""
+    config = make("sambay", parallel=TENSOR_2)
+    model = config.model
+
+    def action() -> Counter[tuple[str, int]]:
+        with joined(config) as world, Messages() as messages:
+            Trainer(config, world).gradients(random_batch(config, 0), 0)
+            return messages.seen
+
+    tokens = BATCH * SEQUENCE
+    num_mamba = sum(layer.kind is LayerKind.MAMBA for layer in model.layers)
+    wanted = {
+        ("all_reduce.default", tokens * model.hidden_size): 4 * model.num_layers + 1,
+        ("all_reduce.default", tokens * (model.dt_rank + 2 * model.d_state)): 2 * num_mamba,
+    }
+    assert together(2, action, tmp_path) == [wanted, wanted]

@@ -26,6 +26,7 @@ layers that read them need.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -46,13 +47,27 @@ if TYPE_CHECKING:
 def split_layers(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Give every process of a tensor group its part of a model on the meta device."""
     from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        PrepareModuleOutput,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
+    # The results are views of distributed tensors, which nobody ever writes to.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    whole = Replicate()
+    # Time step, B and C are whole everywhere, but each process uses them for channels of its own.
+    # Made a distributed tensor here, their gradients are summed while they are this small.
+    used_by_all = PrepareModuleOutput(
+        output_layouts=whole, desired_output_layouts=whole, use_local_output=False
+    )
     for block in model.blocks:
-        for module in (block.mixer, block.mlp):
+        for module in map(block.get_submodule, ("mixer", "mlp")):
             parallelize_module(module, mesh, _plan(module), src_data_rank=None)
+            if isinstance(module, Mamba):
+                parallelize_module(module.x_proj, mesh, used_by_all)
     # An embedding is a product with one-hot rows: split by classes, its result is summed.
-    classes = RowwiseParallel(input_layouts=Replicate())
+    classes = RowwiseParallel(input_layouts=whole)
     parallelize_module(model.embedding, mesh, classes, src_data_rank=None)
     if model.config.tie_embeddings:
         model.head.weight = model.embedding.weight
@@ -92,7 +107,7 @@ def _plan(module: nn.Module) -> dict[str, ParallelStyle]:
             plan = {
                 "": _own_parameters(by_rows=True),
                 "in_proj": rows,
-                "x_proj": RowwiseParallel(use_local_output=False),
+                "x_proj": columns,
                 "dt_proj": rows,
                 "out_proj": columns,
             }
