@@ -255,6 +255,18 @@ def test_parts_resume_bit_for_bit(make: MakeConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_parts_of_compiled_blocks(
+    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated by the compiler, but run by torch: that takes seconds."""
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager"))
+    config = make("sambay+da", steps=2)
+    split = replace(config, parallel=TENSOR_2, compile=True)
+    assert_close(run(2, split, tmp_path / "split"), run(1, config, tmp_path / "alone"))
+
+
+@pytest.mark.slow
 def test_parts_in_bfloat16(make: MakeConfig, tmp_path: Path) -> None:
     """Partial sums are rounded before they are added, so only nearly the same."""
     config = make("sambay+da", steps=3, precision=Precision.BF16)

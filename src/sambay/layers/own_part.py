@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -13,11 +12,12 @@ def own_part(tensor: Tensor) -> Tensor:
     What all processes hold alike, each of them reads for heads or channels of its own, so that its
     gradient is the sum of theirs.
     """
-    split: Any = tensor
-    if not hasattr(split, "to_local"):
+    if not dist.is_available() or not dist.is_initialized():
         return tensor
-    # torch.distributed is not needed by those who never split anything.
-    from torch.distributed.tensor import Partial
+    # Imported only by those who may need it, and asked by type, which compiled code understands.
+    from torch.distributed.tensor import DTensor, Partial
 
-    gradient = [Partial() if place.is_replicate() else place for place in split.placements]
-    return split.to_local(grad_placements=gradient)
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gradient = [Partial() if place.is_replicate() else place for place in tensor.placements]
+    return tensor.to_local(grad_placements=gradient)

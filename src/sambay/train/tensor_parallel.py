@@ -21,7 +21,16 @@ Each computes its own heads, channels and classes:
 | norms           | weight, bias           | all                                             |
 
 Published keys, values and memories are those of the own heads and channels, which is what the
-layers that read them need.
+layers that read them need. Classes need not divide: the last process has fewer, or none.
+
+Parameters are distributed tensors and torch's parallel styles do the sums: one behind each mixer,
+MLP and the embedding, one before each mixer and MLP on the way back, and a small one each way for
+the time step, B and C of Mamba. Norms are no distributed tensors: all compute the same there.
+
+Where the rows are two halves (`halves` of the layers) torch believes that a process holds a run of
+consecutive rows, while it holds a run of each half. Its strided sharding could say so, but products
+of such tensors are not supported in all versions, and FSDP uses the same notion for its own cuts.
+So `pieces_of` alone knows the true places, and weights are filled, saved and read through it.
 """
 
 from __future__ import annotations
