@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sambay.data.batches import Batch
+from sambay.errors import ConfigError
 from sambay.model import LanguageModel
 from sambay.model.folder import load_model_folder
 from sambay.model.roles import halved_parameters
@@ -30,6 +31,7 @@ from sambay.train.config import (
     RunConfig,
 )
 from sambay.train.distributed import World, joined
+from sambay.train.layout import sizes_for
 from sambay.train.loss import IGNORE
 from sambay.train.norms import role_norms
 from sambay.train.parallel import fill
@@ -183,9 +185,11 @@ def test_shards_of_parts_of_each_model(exact: MakeConfig, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_four_in_a_group(exact: MakeConfig, tmp_path: Path) -> None:
-    """Also such that some processes hold one class less, and one pair of heads each."""
+    """One pair of heads each, and fewer classes for the last."""
     heads = {"num_heads": 8, "num_kv_heads": 8}
-    check_equal([exact(name, 4, model=heads) for name in ("sambay", "sambay+da")], 4, tmp_path)
+    configs = [exact(name, 4, model=heads) for name in ("sambay", "sambay+da")]
+    configs.append(exact("sambay-mlp", 4, model={"vocab_size": 7}))
+    check_equal(configs, 4, tmp_path)
 
 
 @pytest.mark.slow
@@ -328,3 +332,9 @@ def test_no_more_is_sent_than_must_be(make: MakeConfig, tmp_path: Path) -> None:
         ("all_reduce.default", tokens * (model.dt_rank + 2 * model.d_state)): 2 * num_mamba,
     }
     assert together(2, action, tmp_path) == [wanted, wanted]
+
+
+def test_a_vocabulary_too_small_for_all_is_refused(exact: MakeConfig) -> None:
+    sizes_for(exact("sambay", 4, model={"vocab_size": 7}), 4)
+    with pytest.raises(ConfigError, match="vocab_size: 6 classes leave none for the last"):
+        sizes_for(exact("sambay", 4, model={"vocab_size": 6}), 4)

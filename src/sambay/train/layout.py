@@ -48,3 +48,8 @@ def _check_tensor_size(config: RunConfig) -> None:
                 f"model.{name}: {what} cannot be divided among parallel.tensor = {size} "
                 f"processes{pairs}; use a parallel.tensor that divides it"
             )
+    if (size - 1) * -(-model.vocab_size // size) >= model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {model.vocab_size} classes leave none for the last of "
+            f"parallel.tensor = {size} processes; use a smaller parallel.tensor"
+        )

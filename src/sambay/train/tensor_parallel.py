@@ -21,7 +21,7 @@ Each computes its own heads, channels and classes:
 | norms           | weight, bias           | all                                             |
 
 Published keys, values and memories are those of the own heads and channels, which is what the
-layers that read them need. Classes need not divide: the last process has fewer, or none.
+layers that read them need. Classes need not divide: the last process may have fewer.
 
 Parameters are distributed tensors and torch's parallel styles do the sums: one behind each mixer,
 MLP and the embedding, one before each mixer and MLP on the way back, and a small one each way for
