@@ -26,7 +26,9 @@ from sambay.hf.loading import load_model  # noqa: E402
 from tests.hf.tiny_chat import chat_folder  # noqa: E402
 from tests.hf.tiny_hf import OFFICIAL  # noqa: E402
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "finetune"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "finetune"
+DOCUMENT = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
 CONVERSATIONS = [
     {
         "messages": [
@@ -231,6 +233,50 @@ def test_long_rows_are_dropped_and_counted(
     data = write(tmp_path / "data.jsonl", CONVERSATIONS + long)
     stage("sft", "--model", model, "--data", data, "--out", tmp_path / "out", *SMALL)
     assert "dropped 1 of 10 rows above 64 tokens" in capsys.readouterr().out
+
+
+def shown(language: str) -> list[str]:
+    """The code blocks of the document."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
+    assert found
+    return found
+
+
+def test_the_document_shows_commands_and_data_that_are_accepted(
+    stage: Stage, tmp_path: Path
+) -> None:
+    stages = set()
+    for line in "".join(shown("sh")).splitlines():
+        _, script, *words = line.split()
+        stages.add(Path(script).stem)
+        importlib.import_module(Path(script).stem).options().parse_args(words)
+    assert stages == {"midtrain", "sft", "dpo"}
+    chat, text, pair = "".join(shown("json")).splitlines()
+    rollouts = importlib.import_module("rollouts")
+    for parse, line in (
+        (rollouts.document, chat),
+        (rollouts.document, text),
+        (rollouts.answer, chat),
+        (rollouts.preference, pair),
+    ):
+        file = tmp_path / "data.jsonl"
+        file.write_text(line)
+        assert len(rollouts.read(file, parse)) == 1
+        file.unlink()
+
+
+@pytest.mark.parametrize("code", shown("py"), ids=lambda code: f"{len(code)} characters")
+def test_the_code_in_the_document_runs(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "torchao" in code:
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    monkeypatch.chdir(tmp_path)
+    chat_folder(tmp_path / "Phi-4-mini-flash-reasoning", OFFICIAL)
+    variables: dict[str, Any] = {}
+    exec(compile(code, "fine-tuning.md", "exec"), variables)
+    model = variables.get("model") or variables["trainer"].model
+    assert bool(torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all())
 
 
 @pytest.mark.slow
