@@ -133,23 +133,24 @@ def test_a_bfloat16_folder_stays_one(stage: Stage, tmp_path: Path) -> None:
             assert tensor.dtype is (torch.float32 if wide else torch.bfloat16), name
 
 
-def test_an_interrupted_run_continues(stage: Stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "way"), [("sft", "--full"), ("midtrain", "--lora")])
+def test_an_interrupted_run_continues(stage: Stage, name: str, way: str, tmp_path: Path) -> None:
     """The same command again ends with the same weights as a run that was never cut."""
     model = chat_folder(tmp_path / "base")
     data, out = write(tmp_path / "chats.jsonl", CONVERSATIONS), tmp_path / "out"
-    words = ("--model", model, "--data", data, "--out", out, "--full", "--save-steps", "1", *SMALL)
-    stage("sft", *words)
+    words = ("--model", model, "--data", data, "--out", out, way, "--save-steps", "1", *SMALL)
+    stage(name, *words)
     whole = load_file(out / "model.safetensors")
     shutil.rmtree(out / "checkpoints" / "checkpoint-3")  # as if cut after the second step
     for file in ("config.json", "model.safetensors"):
         (out / file).unlink()
     with pytest.raises(SystemExit):
-        stage("sft", *words, "--seed", "1")
-    stage("sft", *words)
+        stage(name, *words, "--seed", "1")
+    stage(name, *words)
     state = json.loads((out / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     again = load_file(out / "model.safetensors")
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
 
 
 def test_a_finished_or_other_run_is_not_overwritten(
@@ -183,6 +184,7 @@ BAD = [
     ("sft", ['{"messages": [{"role": "bot"}]}'], r"messages\[0\] needs a 'role' that is one of"),
     ("sft", ['{"messages": [{"role": "user"}]}'], r"messages\[0\] needs a 'content' that is text"),
     ("sft", ["", ""], r"data.jsonl has no rows"),
+    ("sft", ["\ufeff" + GOOD, "{"], r"data.jsonl:2: not JSON"),
     ("midtrain", [GOOD, '{"text": "a"}'], r":2: other fields than .*; give all lines messages"),
     ("midtrain", ['{"text": " "}'], r":1: the field 'text' must be text that is not empty"),
     ("dpo", ['{"prompt": "a", "chosen": "b"}'], r":1: the field 'rejected' is missing \(found"),
@@ -196,7 +198,7 @@ def test_bad_data_is_one_line_that_names_the_line(
     stage: Stage, name: str, lines: list[str], message: str, tmp_path: Path, capsys: Any
 ) -> None:
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(lines))
+    data.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(SystemExit) as exited:
         stage(name, "--model", tmp_path, "--data", data, "--out", tmp_path / "out")
     assert exited.value.code == 2
