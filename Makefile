@@ -18,10 +18,10 @@ TEST_OPTIONS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test test-oldest lint types check format bench images clean
+.PHONY: help setup demo test test-oldest test-transformers-suite lint types check format bench images clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED)  ## create .venv with the pinned packages (a second call does nothing)
 	@true
@@ -45,6 +45,10 @@ test-oldest: setup  ## the tests of the Hugging Face classes with the oldest sup
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
 		--target build/oldest -r constraints-oldest.txt
 	@PYTHONPATH=build/oldest $(PY) -m pytest tests/hf $(TEST_OPTIONS)
+
+# TRANSFORMERS_SOURCE=/path/to/checkout adds the generation tests, which the source distribution lacks.
+test-transformers-suite: setup  ## transformers' own model tests on our classes
+	@.ci/transformers-suite $(TEST_OPTIONS)
 
 lint: setup  ## ruff: rules and formatting
 	@$(PY) -m ruff check .
