@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
     raise MissingPackage("transformers", "the classes of transformers", "hf") from error
 
 from sambay.hf import preflight
-from sambay.hf.cache import columns_seen, layer_states
+from sambay.hf.cache import SELF_ATTENTION, columns_seen, layer_states
 from sambay.hf.columns import read_columns
 from sambay.hf.configuration import DecoderConfig, Phi4FlashConfig, SambaYConfig
 from sambay.hf.conversion import register_official_names
@@ -254,6 +254,14 @@ class SambaYForCausalLM(SambaYPreTrainedModel, GenerationMixin):
         self.model = SambaYModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether `generate` should make the cache.
+
+        It asks a cache for its length, which only attention layers know; a model without attention
+        makes its cache in the first forward.
+        """
+        return any(layer.kind in SELF_ATTENTION for layer in self.config.layers)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
