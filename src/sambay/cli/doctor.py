@@ -27,7 +27,12 @@ PACKAGES = {
     "tqdm": ("data", "progress bars"),
     "tensorboard": ("train", "training curves"),
     "matplotlib": ("train", "pictures"),
-    "transformers": ("bench", "comparison with peers"),
+    "transformers": ("hf", "its classes and trainers"),
+    "jinja2": ("hf", "chat templates"),
+    "accelerate": ("hf", "models over several devices"),
+    "peft": ("finetune", "adapters"),
+    "trl": ("finetune", "fine-tuning"),
+    "torchao": ("finetune", "quantised loading"),
 }
 
 
