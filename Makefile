@@ -38,13 +38,13 @@ demo: setup  ## data, two models, text, speed and pictures in about ten minutes
 	@$(PY) -m sambay.demo --out demo $(DEMO_OPTIONS)
 
 test: setup  ## all tests of the default run (CPU)
-	@$(PY) -m pytest $(TEST_OPTIONS)
+	@$(PY) -m pytest -n auto $(TEST_OPTIONS)
 
 # The package index's own dependencies stay; only transformers is shadowed by the older version.
 test-oldest: setup  ## the tests of the Hugging Face classes with the oldest supported transformers
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
 		--target build/oldest -r constraints-oldest.txt
-	@PYTHONPATH=build/oldest $(PY) -m pytest tests/hf $(TEST_OPTIONS)
+	@PYTHONPATH=build/oldest $(PY) -m pytest -n auto tests/hf $(TEST_OPTIONS)
 
 # TRANSFORMERS_SOURCE=/path/to/checkout adds the generation tests, which the source distribution lacks.
 test-transformers-suite: setup  ## transformers' own model tests on our classes
