@@ -18,10 +18,10 @@ TEST_OPTIONS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo test test-oldest lint types check format bench images clean
+.PHONY: help setup demo test test-oldest test-transformers-suite lint types check format bench images clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' Makefile
 
 setup: $(INSTALLED)  ## create .venv with the pinned packages (a second call does nothing)
 	@true
@@ -38,13 +38,17 @@ demo: setup  ## data, two models, text, speed and pictures in about ten minutes
 	@$(PY) -m sambay.demo --out demo $(DEMO_OPTIONS)
 
 test: setup  ## all tests of the default run (CPU)
-	@$(PY) -m pytest $(TEST_OPTIONS)
+	@$(PY) -m pytest -n auto $(TEST_OPTIONS)
 
 # The package index's own dependencies stay; only transformers is shadowed by the older version.
 test-oldest: setup  ## the tests of the Hugging Face classes with the oldest supported transformers
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
 		--target build/oldest -r constraints-oldest.txt
-	@PYTHONPATH=build/oldest $(PY) -m pytest tests/hf $(TEST_OPTIONS)
+	@PYTHONPATH=build/oldest $(PY) -m pytest -n auto tests/hf $(TEST_OPTIONS)
+
+# TRANSFORMERS_SOURCE=/path/to/checkout adds the generation tests, which the source distribution lacks.
+test-transformers-suite: setup  ## transformers' own model tests on our classes
+	@.ci/transformers-suite $(TEST_OPTIONS)
 
 lint: setup  ## ruff: rules and formatting
 	@$(PY) -m ruff check .
@@ -60,7 +64,7 @@ format: setup  ## let ruff repair what it can
 	@$(PY) -m ruff format .
 
 bench: setup  ## benchmarks on this machine, as JSON under build/benchmarks
-	@for name in scan training prefill decode; do \
+	@for name in scan training prefill decode huggingface; do \
 		echo "== $$name"; $(PY) -m benchmarks.$$name --out build/benchmarks/$$name.json; \
 	done
 

@@ -103,10 +103,34 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     return measured
 
 
+def transformers(args: argparse.Namespace) -> dict[str, Any]:
+    """The same through transformers: loading, and seconds of `generate` for the shorter prompt."""
+    from sambay.hf.modeling import Phi4FlashForCausalLM
+
+    before, began = peak_bytes(), time.perf_counter()
+    model = Phi4FlashForCausalLM.from_pretrained(args.folder, dtype=getattr(torch, args.dtype))
+    seconds, peak = time.perf_counter() - began, peak_bytes() - before
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    generator = torch.Generator().manual_seed(PROMPTS[0])
+    prompt = torch.randint(0, model.config.vocab_size, (1, PROMPTS[0]), generator=generator)
+    began = time.perf_counter()
+    ids = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return {
+        "seconds": seconds,
+        "model_bytes": own,
+        "peak_bytes": peak,
+        "peak_over_model": peak / own,
+        "generate_seconds": time.perf_counter() - began,
+        "peak_over_model_after_generating": (peak_bytes() - before) / own,
+        "tokens": ids[0, PROMPTS[0] :].tolist(),
+    }
+
+
 STAGES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "write": write,
     "load": load,
     "generate": generate,
+    "transformers": transformers,
 }
 
 

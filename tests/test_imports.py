@@ -35,7 +35,7 @@ OPTIONAL = {
 }  # fmt: skip
 # The classes of transformers derive from its own, so these import it at their top.
 TRANSFORMERS_CLASSES = {
-    f"hf/{name}.py" for name in ("cache", "configuration", "conversion", "modeling")
+    f"hf/{name}.py" for name in ("cache", "configuration", "conversion", "modeling", "pretrained")
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -84,7 +84,7 @@ def _rows(file: Path, parse: Callable[[Row], Row], stamp: Any = None) -> Iterato
     if not file.is_file():
         raise DataError(f"{file} does not exist; give a file of JSON lines with --data")
     fields = None
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():

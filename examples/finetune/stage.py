@@ -74,7 +74,10 @@ def load(args: argparse.Namespace, *, chat: bool) -> tuple[Any, Any, LoraConfig 
     if args.template is not None:
         tokenizer.chat_template = args.template.read_text(encoding="utf-8")
     if chat and not tokenizer.chat_template:
-        raise ConfigError(f"{file.parent} has no chat template; give one with --template FILE")
+        raise ConfigError(
+            f"{file.parent} has no chat template; give one with --template FILE (Phi's is "
+            "phi4.jinja beside this script)"
+        )
     stored = getattr(AutoConfig.from_pretrained(args.model), "dtype", None)
     if args.dtype is None:
         args.dtype = "bfloat16" if args.lora and stored is torch.bfloat16 else "float32"

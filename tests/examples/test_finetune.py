@@ -26,7 +26,9 @@ from sambay.hf.loading import load_model  # noqa: E402
 from tests.hf.tiny_chat import chat_folder  # noqa: E402
 from tests.hf.tiny_hf import OFFICIAL  # noqa: E402
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "finetune"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "finetune"
+DOCUMENT = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
 CONVERSATIONS = [
     {
         "messages": [
@@ -131,23 +133,24 @@ def test_a_bfloat16_folder_stays_one(stage: Stage, tmp_path: Path) -> None:
             assert tensor.dtype is (torch.float32 if wide else torch.bfloat16), name
 
 
-def test_an_interrupted_run_continues(stage: Stage, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "way"), [("sft", "--full"), ("midtrain", "--lora")])
+def test_an_interrupted_run_continues(stage: Stage, name: str, way: str, tmp_path: Path) -> None:
     """The same command again ends with the same weights as a run that was never cut."""
     model = chat_folder(tmp_path / "base")
     data, out = write(tmp_path / "chats.jsonl", CONVERSATIONS), tmp_path / "out"
-    words = ("--model", model, "--data", data, "--out", out, "--full", "--save-steps", "1", *SMALL)
-    stage("sft", *words)
+    words = ("--model", model, "--data", data, "--out", out, way, "--save-steps", "1", *SMALL)
+    stage(name, *words)
     whole = load_file(out / "model.safetensors")
     shutil.rmtree(out / "checkpoints" / "checkpoint-3")  # as if cut after the second step
     for file in ("config.json", "model.safetensors"):
         (out / file).unlink()
     with pytest.raises(SystemExit):
-        stage("sft", *words, "--seed", "1")
-    stage("sft", *words)
+        stage(name, *words, "--seed", "1")
+    stage(name, *words)
     state = json.loads((out / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     again = load_file(out / "model.safetensors")
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
 
 
 def test_a_finished_or_other_run_is_not_overwritten(
@@ -181,6 +184,7 @@ BAD = [
     ("sft", ['{"messages": [{"role": "bot"}]}'], r"messages\[0\] needs a 'role' that is one of"),
     ("sft", ['{"messages": [{"role": "user"}]}'], r"messages\[0\] needs a 'content' that is text"),
     ("sft", ["", ""], r"data.jsonl has no rows"),
+    ("sft", ["\ufeff" + GOOD, "{"], r"data.jsonl:2: not JSON"),
     ("midtrain", [GOOD, '{"text": "a"}'], r":2: other fields than .*; give all lines messages"),
     ("midtrain", ['{"text": " "}'], r":1: the field 'text' must be text that is not empty"),
     ("dpo", ['{"prompt": "a", "chosen": "b"}'], r":1: the field 'rejected' is missing \(found"),
@@ -194,7 +198,7 @@ def test_bad_data_is_one_line_that_names_the_line(
     stage: Stage, name: str, lines: list[str], message: str, tmp_path: Path, capsys: Any
 ) -> None:
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(lines))
+    data.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(SystemExit) as exited:
         stage(name, "--model", tmp_path, "--data", data, "--out", tmp_path / "out")
     assert exited.value.code == 2
@@ -231,6 +235,50 @@ def test_long_rows_are_dropped_and_counted(
     data = write(tmp_path / "data.jsonl", CONVERSATIONS + long)
     stage("sft", "--model", model, "--data", data, "--out", tmp_path / "out", *SMALL)
     assert "dropped 1 of 10 rows above 64 tokens" in capsys.readouterr().out
+
+
+def shown(language: str) -> list[str]:
+    """The code blocks of the document."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
+    assert found
+    return found
+
+
+def test_the_document_shows_commands_and_data_that_are_accepted(
+    stage: Stage, tmp_path: Path
+) -> None:
+    stages = set()
+    for line in "".join(shown("sh")).splitlines():
+        _, script, *words = line.split()
+        stages.add(Path(script).stem)
+        importlib.import_module(Path(script).stem).options().parse_args(words)
+    assert stages == {"midtrain", "sft", "dpo"}
+    chat, text, pair = "".join(shown("json")).splitlines()
+    rollouts = importlib.import_module("rollouts")
+    for parse, line in (
+        (rollouts.document, chat),
+        (rollouts.document, text),
+        (rollouts.answer, chat),
+        (rollouts.preference, pair),
+    ):
+        file = tmp_path / "data.jsonl"
+        file.write_text(line)
+        assert len(rollouts.read(file, parse)) == 1
+        file.unlink()
+
+
+@pytest.mark.parametrize("code", shown("py"), ids=lambda code: f"{len(code)} characters")
+def test_the_code_in_the_document_runs(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "torchao" in code:
+        pytest.importorskip("torchao", reason="torchao is not installed")
+    monkeypatch.chdir(tmp_path)
+    chat_folder(tmp_path / "Phi-4-mini-flash-reasoning", OFFICIAL)
+    variables: dict[str, Any] = {}
+    exec(compile(code, "fine-tuning.md", "exec"), variables)
+    model = variables.get("model") or variables["trainer"].model
+    assert bool(torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all())
 
 
 @pytest.mark.slow

@@ -25,8 +25,9 @@ from tests.hf.tiny_hf import (
     pair,
     save_with_tokenizer,
     tiny_tokenizer,
+    twin,
 )
-from tests.tiny import random_ids
+from tests.tiny import random_ids, tiny_model
 
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-6)
 NEW = 12  # more than twice the window
@@ -61,9 +62,15 @@ def test_greedy_equals_whole_forwards(name: str) -> None:
     assert torch.equal(generate(model, ids, prefill_chunk_size=4), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("transformer++", "sambay", "mambay", OFFICIAL)),
+        *((name, {"cache_implementation": "static"}) for name in ("sambay", OFFICIAL)),
+        ("sambay", {"use_cache": False}),
+    ],
+)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["transformer++", "sambay", "mambay", OFFICIAL])
 def test_padded_rows_continue_like_lonely_ones(
     name: str, side: str, options: dict[str, Any]
 ) -> None:
@@ -218,11 +225,47 @@ def test_embeddings_can_begin_a_text() -> None:
         assert torch.equal(found, generate(model, ids, attention_mask=mask)[:, 8:])
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_models_without_attention_generate_with_their_states(options: dict[str, Any]) -> None:
+    """No cache layer of theirs knows its length, for which transformers asks."""
+    model = twin(tiny_model("sambay", dtype=torch.float32, layer_pattern="4xM"))
+    rows = [random_ids(1, length, length)[0] for length in (10, 3, 7)]
+    ids, mask = padded(rows, "left")
+    calls: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = generate(model, ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    assert calls == [10] + [1] * (NEW - 1)
+    for row, new in zip(rows, found, strict=True):
+        alone = generate(model, row[None], use_cache=False, **options)[0, len(row) :]
+        assert torch.equal(new, alone)
+
+
+def test_embeddings_continue_a_cache() -> None:
+    """And stand beside a static cache, and positions given by the caller change nothing."""
+    _, model = pair("sambay")
+    ids = random_ids(2, 6)
+    expected = by_hand(model, ids)[:, 6:]
+    embed = model.get_input_embeddings()
+    begun = generate(model, None, 4, inputs_embeds=embed(ids), return_dict_in_generate=True)
+    longer = torch.cat((embed(ids), embed(begun.sequences)), dim=1)
+    options = {"attention_mask": torch.ones(2, 10), "past_key_values": begun.past_key_values}
+    rest = generate(model, None, NEW - 4, inputs_embeds=longer, **options)
+    assert torch.equal(torch.cat((begun.sequences, rest), dim=1), expected)
+    static = {"cache_implementation": "static", "inputs_embeds": embed(ids)}
+    assert torch.equal(generate(model, None, **static), expected)
+    positions = torch.arange(6)[None].expand(2, -1)
+    assert torch.equal(generate(model, ids, position_ids=positions)[:, 6:], expected)
+
+
 def test_assisted_decoding_is_refused_by_transformers() -> None:
     """Recurrent states cannot be rolled back, and `_is_stateful` says so."""
     _, model = pair("sambay")
     with pytest.raises(ValueError, match="stateful"):
         generate(model, random_ids(1, 5), assistant_model=model)
+    with pytest.raises(ValueError, match="stateful"):
+        generate(model, random_ids(1, 5), prompt_lookup_num_tokens=3)
 
 
 @pytest.mark.parametrize("name", ["sambay", OFFICIAL])

@@ -31,6 +31,7 @@ CLASSES = {
     "gated_memory": GatedMemoryUnit,
     "mlp": SwiGLU,
 }
+LAYERS = tiny_config("sambay+da").layers
 FLOAT32 = ("A_log", "D", "dt_bias", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
 
 
@@ -161,6 +162,23 @@ def test_every_listed_module_learns(make: Any, way: str) -> None:
         plain.load_state_dict(model.state_dict())
         for name, gradient in gradients(plain, None).items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", CHECKPOINTING)
+@pytest.mark.parametrize(
+    ("publisher", "target"), [("M", "mamba.in_proj"), ("F", "attention.kv_proj")]
+)
+def test_publishers_learn_from_their_readers(publisher: str, target: str, way: str) -> None:
+    """Where a layer's own output is zero, all its gradient comes from layers that read from it."""
+    model = native()
+    read_from = {layer.memory_from if publisher == "M" else layer.kv_from for layer in LAYERS}
+    (index,) = read_from - {None}
+    nn.init.zeros_(model.model.blocks[index].mixer.out_proj.weight)
+    model = adapted(model, target_modules(model.config, [target]))
+    found = gradients(model, CHECKPOINTING[way])
+    learned = [gradient for name, gradient in found.items() if f"blocks.{index}.mixer" in name]
+    assert len(learned) == 2
+    assert all(gradient.abs().max() > 1e-9 for gradient in learned)
 
 
 @pytest.mark.parametrize("kind", TARGETS)

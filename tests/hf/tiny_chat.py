@@ -13,12 +13,8 @@ from tests.hf.tiny_hf import OFFICIAL, tiny_native, twin
 
 CONTROLS = ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 # Phi's template; the generation marks say which tokens are answers and print nothing.
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+TEMPLATE = (Path(__file__).parents[2] / "examples" / "finetune" / "phi4.jinja").read_text(
+    encoding="utf-8"
 )
 
 

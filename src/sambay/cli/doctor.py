@@ -29,7 +29,12 @@ PACKAGES = {
     "matplotlib": ("train", "pictures"),
     "trackio": ("track", "training curves"),
     "wandb": ("track", "training curves"),
-    "transformers": ("bench", "comparison with peers"),
+    "transformers": ("hf", "its classes and trainers"),
+    "jinja2": ("hf", "chat templates"),
+    "accelerate": ("hf", "models over several devices"),
+    "peft": ("finetune", "adapters"),
+    "trl": ("finetune", "fine-tuning"),
+    "torchao": ("finetune", "quantised loading"),
 }
 
 

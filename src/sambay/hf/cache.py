@@ -19,6 +19,8 @@ from sambay.layers.context import BatchContext
 from sambay.layers.state import LayerState
 from sambay.spec import LayerKind, LayerSpec, ModelConfig
 
+SELF_ATTENTION = (LayerKind.FULL, LayerKind.SLIDING)  # their cache layers count columns
+
 
 class RecurrentLayer(LayerState):
     """A linear-attention cache layer as the state of a Mamba mixer.
@@ -116,7 +118,7 @@ def columns_seen(cache: Cache | None, layers: Sequence[LayerSpec]) -> int:
     if cache is None:
         return 0
     for layer in layers:
-        if layer.kind in (LayerKind.FULL, LayerKind.SLIDING):
+        if layer.kind in SELF_ATTENTION:
             return int(cache.get_seq_length(layer.index))
     return 0
 

@@ -113,5 +113,9 @@ def check_tensors(weights: Weights, config: ModelConfig, model_type: str) -> Non
     if not any(name.startswith("model.") for name in weights.tensors):
         return
     tensors = stored_tensors(meta_model(config, torch.float32))
-    check = native.require_tensors if model_type == native.MODEL_TYPE else official.require_tensors
-    check(weights, config, tensors)
+    # transformers can save the official class under our names (`save_original_format=False`).
+    ours = any(name.startswith("model.blocks.") for name in weights.tensors)
+    if model_type == native.MODEL_TYPE or ours:
+        native.require_tensors(weights, config, tensors)
+    else:
+        official.require_tensors(weights, config, tensors)

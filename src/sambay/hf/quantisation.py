@@ -1,9 +1,10 @@
 """Which matrices weight-only quantisation may replace, in the terms of transformers and torchao.
 
 Kept as they are: the head, which is the embedding in tied models (quantised on its own it would be
-a second copy); and what computes B, C and the time steps of a Mamba layer, 0.4 % of the weights of
-Phi-4-mini-flash, whose rounding would change what a state remembers. Parameters that are no
-matrices of a linear layer are never touched by torchao.
+a second copy); and what computes B, C and the time steps of a Mamba layer: 0.4 % of the weights of
+Phi-4-mini-flash, so little to gain, on which all of a state depends; and its rows of 160 are no
+whole number of the usual groups. Parameters that are no matrices of a linear layer are never
+touched by torchao.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ def _register_models(module: ModuleType) -> None:
     ):
         module.AutoModel.register(base.config_class, base, exist_ok=True)
         module.AutoModelForCausalLM.register(causal.config_class, causal, exist_ok=True)
+        # `transformers serve` looks the name in `architectures` up in the package itself.
+        setattr(sys.modules["transformers"], causal.__name__, causal)
 
 
 _ACTIONS: dict[str, Callable[[ModuleType], None]] = {
