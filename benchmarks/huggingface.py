@@ -62,7 +62,7 @@ def generate(batch: int, prompt: int, new_tokens: int, rounds: int) -> dict[str,
     """Seconds of `generate` and of our engine for the same greedy tokens with the same weights."""
     config = peers.sambay_20m()
     model = LanguageModel(config).eval()
-    theirs = wrapped(config)
+    theirs: Any = wrapped(config)
     names = {"head.weight": "lm_head.weight"}
     theirs.load_state_dict({names.get(k, f"model.{k}"): v for k, v in model.state_dict().items()})
     ids = torch.randint(0, config.vocab_size, (batch, prompt))
