@@ -124,6 +124,6 @@ def _training_rates(recipes: dict[str, RunConfig], args: argparse.Namespace) -> 
         shape = (config.batch.global_batch_size, config.data.sequence_length + 1)
         ids_BT = torch.randint(config.model.vocab_size, shape)
         batch = Batch(ids_BT[:, :-1], ids_BT[:, 1:], None)
-        steps[name] = functools.partial(Trainer(config).learn, batch, 1e-5)
+        steps[name] = functools.partial(Trainer(config).learn, batch, 1e-5, 0)
     seconds = fastest_seconds(steps, repeats=args.repeats)
     return {name: recipes[name].tokens_per_step / seconds[name] for name in recipes}

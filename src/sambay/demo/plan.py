@@ -90,5 +90,5 @@ def _seconds_per_step(recipes: dict[str, RunConfig], training: TokenDataset) -> 
     for name, config in recipes.items():
         indices = np.arange(config.batch.global_batch_size)
         batch = read_batch(training, indices, config.data.sequence_length)
-        steps[name] = functools.partial(Trainer(config).learn, batch, 1e-5)
+        steps[name] = functools.partial(Trainer(config).learn, batch, 1e-5, 0)
     return fastest_seconds(steps)
