@@ -11,6 +11,7 @@ import pytest
 
 import sambay
 from sambay.cli.main import COMMANDS
+from sambay.cli.scaling import SUBCOMMANDS
 
 ROOT = Path(sambay.__file__).parent
 # A room may import rooms of earlier rows only. `data` reads and writes files and knows no model.
@@ -25,13 +26,14 @@ ROWS = (
     ("hf",),
     ("train",),
     ("recipes",),
+    ("studies",),
     ("cli",),
     ("demo",),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 OPTIONAL = {
     "tokenizers", "pyarrow", "zstandard", "tqdm", "tensorboard", "matplotlib", "transformers",
-    "jinja2", "accelerate", "peft", "trl", "datasets", "torchao", "trackio", "wandb",
+    "jinja2", "accelerate", "peft", "trl", "datasets", "torchao", "trackio", "wandb", "scipy",
 }  # fmt: skip
 # The classes of transformers derive from its own, so these import it at their top.
 TRANSFORMERS_CLASSES = {
@@ -128,6 +130,11 @@ def test_importing_everything_needs_only_the_required_packages() -> None:
             f"from sambay.cli.main import main\ntry: main(['{command}', '--help'])\n"
             "except SystemExit: pass"
             for command in COMMANDS
+        ),
+        *(
+            f"from sambay.cli.main import main\ntry: main(['scaling', '{command}', '--help'])\n"
+            "except SystemExit: pass"
+            for command in SUBCOMMANDS
         ),
     ],
 )

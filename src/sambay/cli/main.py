@@ -1,7 +1,8 @@
 """The `sambay` command: finds the subcommand, and turns errors into one line and an exit code.
 
 Each subcommand is a module of this package with `add_arguments(parser)` and `run(args)`, which may
-return an exit code. It is imported only when it is called, and none needs torch for its `--help`.
+return an exit code; or a package with `SUBCOMMANDS`, a table like `COMMANDS` below, whose modules
+are its commands. It is imported only when it is called, and none needs torch for its `--help`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sambay import __version__
 from sambay.errors import SambayError, nearest
@@ -25,6 +26,7 @@ COMMANDS = {
     "init": "write a model folder with random weights, of any size, to try things with",
     "doctor": "show versions, devices and which implementation of each operation is available",
     "bench": "measure prefill, decode and training speed on this machine",
+    "scaling": "train ladders of sizes, fit scaling laws, check and transfer hyperparameters",
 }
 _EXIT_ERROR, _EXIT_INTERRUPTED, _EXIT_BROKEN_PIPE = 2, 130, 141
 
@@ -54,18 +56,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(
+    words: list[str],
+    package: str = "sambay.cli",
+    spoken: str = "sambay",
+    commands: Mapping[str, str] = COMMANDS,
+) -> int:
+    """The exit code of the command that `words` name among the `commands` of a package.
+
+    `spoken` is what the user has typed before them.
+    """
     if not words or words[0].startswith("-"):
-        parser = _top_parser()
+        parser = _parser_of(package, spoken, commands)
         parser.parse_args(words)  # answers --help and --version, refuses other options
         parser.print_help()
         return 0
     name, *rest = words
-    if name not in COMMANDS:
-        raise SambayError(f"unknown command '{name}'{nearest(name, COMMANDS)}")
-    command = importlib.import_module(f"sambay.cli.{name}")
+    if name not in commands:
+        kind = spoken.removeprefix("sambay").strip()
+        what = f"{kind} command" if kind else "command"
+        raise SambayError(f"unknown {what} '{name}'{nearest(name, commands)}")
+    module = f"{package}.{name.replace('-', '_')}"
+    command = importlib.import_module(module)
+    inner = getattr(command, "SUBCOMMANDS", None)
+    if inner is not None:
+        return _dispatch(rest, module, f"{spoken} {name}", inner)
     parser = argparse.ArgumentParser(
-        prog=f"sambay {name}",
+        prog=f"{spoken} {name}",
         description=command.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,17 +91,23 @@ def _dispatch(words: list[str]) -> int:
     return command.run(parser.parse_intermixed_args(rest)) or 0
 
 
-def _top_parser() -> argparse.ArgumentParser:
-    width = max(len(name) for name in COMMANDS)
-    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+def _parser_of(package: str, spoken: str, commands: Mapping[str, str]) -> argparse.ArgumentParser:
+    width = max(len(name) for name in commands)
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    is_top = package == "sambay.cli"
     parser = argparse.ArgumentParser(
-        prog="sambay",
-        usage="sambay COMMAND [options]",
-        description="SambaY and its family: prepare text, train, generate and measure.",
-        epilog=f"commands:\n{listing}\n\n`sambay COMMAND --help` explains one of them.",
+        prog=spoken,
+        usage=f"{spoken} COMMAND [options]",
+        description=(
+            "SambaY and its family: prepare text, train, generate and measure."
+            if is_top
+            else importlib.import_module(package).__doc__
+        ),
+        epilog=f"commands:\n{listing}\n\n`{spoken} COMMAND --help` explains one of them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"sambay {__version__}")
+    if is_top:
+        parser.add_argument("--version", action="version", version=f"sambay {__version__}")
     return parser
 
 
