@@ -77,6 +77,49 @@ def test_hidden_size_carries_the_rank_of_the_time_step_along() -> None:
     assert tiny_config("sambay").replace(hidden_size=160).dt_rank == 10
 
 
+def test_fields_of_other_recurrences_stay_out_of_a_mamba_file() -> None:
+    values = presets.build("sambay", 8).to_dict()
+    assert not [name for name in values if name.startswith("recurrent")]
+    assert "gated_memory" not in values
+    both = presets.build("gdny+gdn", 8).to_dict()
+    assert both["recurrent_norm"] == "before_gate"
+    assert both["recurrent_heads"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("sambay-2", {"recurrent_heads": 0}, "recurrent_heads: missing.*'mamba2' needs 1 or more"),
+        ("gdny", {"recurrent_head_dim": 0}, "recurrent_head_dim: missing; .*'gated_delta'"),
+        ("gdny", {"recurrent_heads": -1}, "recurrent_heads = -1.*whole number of 0"),
+        ("gdny", {"recurrent_kind": "gated_dleta"}, "did you mean 'gated_delta'"),
+        ("gdny", {"gated_memory": "normalized"}, "did you mean 'normalised'"),
+        ("gdny", {"recurrent_kind": "mamba"}, "recurrent_heads = .*'mamba', which has no heads"),
+        ("sambay", {"recurrent_head_dim": 8}, "recurrent_head_dim = 8, .*has no heads"),
+        ("sambay", {"recurrent_norm": "before_gate"}, "recurrent_norm.*which has no norm"),
+        ("sambay", {"recurrent_kind": "mamba2"}, "recurrent_heads: missing"),
+    ],
+)
+def test_fields_that_the_recurrence_cannot_have(name: str, change: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        presets.build(name, 8).replace(**change)
+
+
+def test_heads_of_a_recurrence_follow_its_sizes() -> None:
+    def heads(name: str, depth: int, **fields: int) -> tuple[int, int, int]:
+        config = presets.build(name, depth, **fields)
+        return config.recurrent_heads, config.recurrent_head_dim, config.d_state
+
+    assert heads("sambay-2", 16) == heads("mambay-2", 16) == (64, 64, 128)  # 4096 channels
+    assert heads("gdny", 16) == heads("s-gdny", 16) == (6, 512, 256)  # values of 3072
+    assert heads("sambay-2", 8, hidden_size=100, recurrent_head_dim=10) == (24, 10, 128)
+    assert heads("gdny", 8, hidden_size=100, d_state=10) == (8, 20, 10)
+    assert heads("gdny", 8, hidden_size=100, d_state=10, recurrent_heads=2) == (2, 20, 10)
+    assert heads("sambay", 8, recurrent_kind="mamba2") == (32, 64, 128)
+    with pytest.raises(ConfigError, match="d_state = 0"):
+        presets.build("gdny", 8, d_state=0)
+
+
 def test_multipliers_are_stored_numbers() -> None:
     config = presets.build("sambay", 32, head_dim=64)
     assert config.residual_multiplier == pytest.approx(1 / 8)

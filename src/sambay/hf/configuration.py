@@ -88,6 +88,11 @@ class SambaYConfig(DecoderConfig):
     position: str = "none"
     rope_theta: float | int = 10_000.0
     memory_source: str = "mamba"
+    gated_memory: str = "plain"
+    recurrent_kind: str = "mamba"
+    recurrent_norm: str = "after_gate"
+    recurrent_heads: int = 0
+    recurrent_head_dim: int = 0
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2

@@ -4,9 +4,11 @@ from sambay.spec.layers import LayerKind, LayerSpec, MemorySource, prefill_split
 from sambay.spec.model_config import AttentionVariant, ModelConfig, Norm, Position
 from sambay.spec.parametrization import InitScheme, Parametrization
 from sambay.spec.pattern import format_pattern, parse_pattern
+from sambay.spec.recurrent import GatedMemory, RecurrentKind, RecurrentNorm
 
 __all__ = [
     "AttentionVariant",
+    "GatedMemory",
     "InitScheme",
     "LayerKind",
     "LayerSpec",
@@ -15,6 +17,8 @@ __all__ = [
     "Norm",
     "Parametrization",
     "Position",
+    "RecurrentKind",
+    "RecurrentNorm",
     "format_pattern",
     "parse_pattern",
     "prefill_split",

@@ -12,6 +12,7 @@ from typing import Any
 from sambay.errors import ConfigError, nearest
 from sambay.spec.layers import LayerSpec, MemorySource, resolve_layers
 from sambay.spec.pattern import format_pattern, parse_pattern
+from sambay.spec.recurrent import GatedMemory, RecurrentKind, RecurrentNorm
 
 
 class AttentionVariant(enum.StrEnum):
@@ -42,6 +43,10 @@ class ModelConfig:
     Multipliers are plain numbers: the model multiplies and does not know which scaling rule they
     came from.
 
+    `d_state` is the state per channel of Mamba, per head of Mamba-2, and the size of the keys of
+    Gated DeltaNet. `recurrent_heads` and `recurrent_head_dim` belong to the latter two; together
+    they are the width of what is read from the state. `expand` and `dt_rank` belong to Mamba.
+
     Raises:
         ConfigError: a field that cannot work, naming the field and the remedy.
     """
@@ -60,6 +65,11 @@ class ModelConfig:
     position: Position = Position.NONE
     rope_theta: float = 10_000.0
     memory_source: MemorySource = MemorySource.MAMBA
+    gated_memory: GatedMemory = GatedMemory.PLAIN
+    recurrent_kind: RecurrentKind = RecurrentKind.MAMBA
+    recurrent_norm: RecurrentNorm = RecurrentNorm.AFTER_GATE
+    recurrent_heads: int = 0
+    recurrent_head_dim: int = 0
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
@@ -80,6 +90,7 @@ class ModelConfig:
             put("dt_rank", math.ceil(self.hidden_size / 16))
         self._check_numbers()
         self._check_attention()
+        self._check_recurrence()
         _ = self.layers  # resolves sources, so an impossible pattern fails here
 
     @functools.cached_property
@@ -96,8 +107,10 @@ class ModelConfig:
 
     @property
     def d_inner(self) -> int:
-        """The width inside the Mamba mixer."""
-        return self.expand * self.hidden_size
+        """The width of what the recurrent mixer reads from its state."""
+        if self.recurrent_kind is RecurrentKind.MAMBA:
+            return self.expand * self.hidden_size
+        return self.recurrent_heads * self.recurrent_head_dim
 
     @property
     def attention_size(self) -> int:
@@ -141,10 +154,14 @@ class ModelConfig:
         return new
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with `num_layers` added as a cross-check for readers."""
+        """Plain JSON values, with `num_layers` added as a cross-check for readers.
+
+        What only some models have is left out of the others, whose files older readers know.
+        """
         fields = {
             name: value.value if isinstance(value, enum.Enum) else value
             for name, value in ((name, getattr(self, name)) for name in _FIELDS)
+            if name not in _LEFT_OUT_AT_DEFAULT or value != _FIELDS[name].default
         }
         return {
             "layer_pattern": fields.pop("layer_pattern"),
@@ -185,9 +202,10 @@ class ModelConfig:
     def _check_numbers(self) -> None:
         for name, field in _FIELDS.items():
             value = getattr(self, name)
-            if field.type == "int" and (type(value) is not int or value < 1):
+            least = 0 if name in _ONLY_WITH_HEADS else 1
+            if field.type == "int" and (type(value) is not int or value < least):
                 raise ConfigError(
-                    f"model.{name} = {value!r}; it must be a whole number of 1 or more"
+                    f"model.{name} = {value!r}; it must be a whole number of {least} or more"
                 )
             if field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, int | float):
@@ -222,14 +240,38 @@ class ModelConfig:
                 "choose an even number"
             )
 
+    def _check_recurrence(self) -> None:
+        kind = self.recurrent_kind
+        for name in _ONLY_WITH_HEADS:
+            value = getattr(self, name)
+            if kind is RecurrentKind.MAMBA and value:
+                raise ConfigError(
+                    f"model.{name} = {value}, but recurrent_kind is 'mamba', which has no heads; "
+                    "leave it out or choose 'mamba2' or 'gated_delta'"
+                )
+            if kind is not RecurrentKind.MAMBA and not value:
+                raise ConfigError(
+                    f"model.{name}: missing; recurrent_kind = '{kind}' needs 1 or more"
+                )
+        if kind is RecurrentKind.MAMBA and self.recurrent_norm is not RecurrentNorm.AFTER_GATE:
+            raise ConfigError(
+                f"model.recurrent_norm = '{self.recurrent_norm}', but recurrent_kind is 'mamba', "
+                "which has no norm; leave it out or choose 'mamba2' or 'gated_delta'"
+            )
+
 
 _FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 _ENUMS: dict[str, type[enum.StrEnum]] = {
     "attention_variant": AttentionVariant,
     "position": Position,
     "memory_source": MemorySource,
+    "gated_memory": GatedMemory,
+    "recurrent_kind": RecurrentKind,
+    "recurrent_norm": RecurrentNorm,
     "norm": Norm,
 }
+_ONLY_WITH_HEADS = ("recurrent_heads", "recurrent_head_dim")
+_LEFT_OUT_AT_DEFAULT = ("gated_memory", "recurrent_kind", "recurrent_norm", *_ONLY_WITH_HEADS)
 
 
 def _member(name: str, kind: type[enum.StrEnum], value: Any) -> enum.StrEnum:

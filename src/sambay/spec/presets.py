@@ -12,6 +12,7 @@ from typing import Any
 from sambay.errors import ConfigError, nearest
 from sambay.spec.model_config import ModelConfig
 from sambay.spec.parametrization import BASE_HEAD_DIM, Parametrization
+from sambay.spec.recurrent import GatedMemory, RecurrentKind, RecurrentNorm, published_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,15 @@ def _only_gated(depth: int) -> str:
 
 _ROPE = {"position": "rope"}
 _WINDOW = {"window": 128}
+# The memory is the readout before its gate and norm, so a unit that reads it norms what it gated.
+_MAMBA2 = {"recurrent_kind": RecurrentKind.MAMBA2, "gated_memory": GatedMemory.NORMALISED}
+_DELTA = {"recurrent_kind": RecurrentKind.GATED_DELTA, "gated_memory": GatedMemory.NORMALISED}
+# Table 9: the norm goes before the gate, and plain units read what is normalised already.
+_NORM_FIRST_IN_PUBLISHER = {
+    "recurrent_norm": RecurrentNorm.BEFORE_GATE_IN_PUBLISHER,
+    "gated_memory": GatedMemory.PLAIN,
+}
+_NORM_FIRST = {"recurrent_norm": RecurrentNorm.BEFORE_GATE, "gated_memory": GatedMemory.PLAIN}
 
 PRESETS: dict[str, Preset] = {
     "transformer++": Preset(lambda depth: f"{depth}xF", 128, _ROPE),
@@ -77,6 +87,18 @@ PRESETS: dict[str, Preset] = {
         _yoco(_samba_half, _only_gated), 126, _WINDOW | {"memory_source": "attention"}
     ),
     "sambay-mlp": Preset(_yoco(_samba_half, _gated_cross), 120, _WINDOW | {"memory_source": "mlp"}),
+    "sambay-2": Preset(_yoco(_samba_half, _gated_cross), 124, _WINDOW | _MAMBA2),
+    "mambay-2": Preset(_yoco(_mamba_half, _gated_cross), 120, _MAMBA2),
+    "gdny": Preset(_yoco(_mamba_half, _gated_cross), 120, _DELTA),
+    "s-gdny": Preset(_yoco(_samba_half, _gated_cross), 126, _WINDOW | _DELTA),
+    "sambay-2+nb": Preset(
+        _yoco(_samba_half, _gated_cross), 124, _WINDOW | _MAMBA2 | _NORM_FIRST_IN_PUBLISHER
+    ),
+    "mambay-2+nb": Preset(
+        _yoco(_mamba_half, _gated_cross), 120, _MAMBA2 | _NORM_FIRST_IN_PUBLISHER
+    ),
+    "s-gdny+gdn": Preset(_yoco(_samba_half, _gated_cross), 126, _WINDOW | _DELTA | _NORM_FIRST),
+    "gdny+gdn": Preset(_yoco(_mamba_half, _gated_cross), 120, _DELTA | _NORM_FIRST),
 }
 
 NAMES = tuple(PRESETS)
@@ -94,7 +116,7 @@ def build(
     By default the published shape: hidden size = aspect ratio x depth, `depth` query heads of 128,
     `depth / 4` key heads, MLP of 4 x hidden size, vocabulary 32,000, tied embeddings. Any field of
     `ModelConfig` given by name replaces the published value; values that follow from a replaced one
-    (MLP size, multipliers) follow it.
+    (MLP size, multipliers, recurrent heads) follow it.
 
     Raises:
         ConfigError: an unknown name or field, or a depth that is not a positive multiple of 4.
@@ -118,8 +140,23 @@ def build(
         "num_kv_heads": depth // 4,
         "head_dim": head_dim,
     }
-    return ModelConfig.from_dict(
-        shape | scheme.multipliers(depth, head_dim) | preset.fields | fields
+    shape |= scheme.multipliers(depth, head_dim) | preset.fields
+    return ModelConfig.from_dict(shape | _recurrent_sizes(shape | fields) | fields)
+
+
+def _recurrent_sizes(fields: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of the recurrence at the given fields; those that cannot work are refused later."""
+    sizes = {name: fields.get(name) for name in ("expand", "d_state", "recurrent_head_dim")}
+    kind = fields.get("recurrent_kind", RecurrentKind.MAMBA)
+    usable = all(value is None or (type(value) is int and value > 0) for value in sizes.values())
+    if kind not in tuple(RecurrentKind) or not usable or type(fields["hidden_size"]) is not int:
+        return {}
+    return published_sizes(
+        RecurrentKind(kind),
+        fields["hidden_size"],
+        expand=sizes["expand"] or 2,
+        d_state=sizes["d_state"],
+        head_dim=sizes["recurrent_head_dim"],
     )
 
 
