@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything, print sizes, memory and time by number of devices, and stop",
+        help="check everything, print sizes, rules by role of parameter, memory and time by number "
+        "of devices, and stop",
     )
     parser.add_argument(
         "--devices",
@@ -96,10 +97,12 @@ def run(args: argparse.Namespace) -> int:
     require_sinks(config.logging)
     facts = [("run", f"{name} in {run_dir}"), *describe(config)]
     if args.dry_run:
+        from sambay.train.roles_table import roles_table
+
         devices = parse_value("--devices", args.devices, tuple[int, ...])
         lines = outlook(config, devices, parse_value("--flops", args.flops or "None", float | None))
         _print_table(facts)
-        print("\n".join(lines))
+        print("\n".join([*roles_table(config), *lines]))
         _print_table([describe_data(config, check_data(config))])
         return 0
     _print_table([*facts, describe_data(config, check_data(config))])

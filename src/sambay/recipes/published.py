@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sambay.scaling.horizon import (
-    WARMUP_TOKENS,
-    matrix_learning_rate_factor,
-    peak_learning_rate,
-    token_budget,
-)
-from sambay.spec import InitScheme, Parametrization, presets
+from sambay.scaling.horizon import WARMUP_TOKENS, Horizon, RunScale, run_scale, token_budget
+from sambay.scaling.rules import RULES
+from sambay.spec import Parametrization, presets
 from sambay.train.config import (
     ActivationCheckpointing,
     BatchConfig,
@@ -27,6 +23,7 @@ from sambay.train.config import (
 )
 
 LENGTH, ROWS = 4096, 512  # a step of 2^21 tokens
+_MICRO_ROWS = 4
 
 
 def sambay_1b() -> RunConfig:
@@ -53,9 +50,10 @@ def data_scaling(
     architecture: str = "sambay",
     tokens: int = 100_000_000_000,
     parametrization: Parametrization = Parametrization.MUP_PLUS_PLUS,
+    horizon: Horizon = Horizon.CONSTANT,
 ) -> RunConfig:
     """Data scaling (figure 2b): depth 16 on 100 to 600 B tokens, each a whole run."""
-    return scaling_run(architecture, 16, tokens, parametrization)
+    return scaling_run(architecture, 16, tokens, parametrization, horizon)
 
 
 def scaling_run(
@@ -63,29 +61,47 @@ def scaling_run(
     depth: int,
     tokens: int,
     parametrization: Parametrization = Parametrization.MUP_PLUS_PLUS,
+    horizon: Horizon = Horizon.CONSTANT,
     **model_fields: Any,
 ) -> RunConfig:
     """A run in the published setting: bf16, 2^21 tokens per step, linear decay to zero."""
-    is_standard = parametrization is Parametrization.STANDARD
-    decays_all = parametrization is not Parametrization.MUP_PLUS_PLUS
-    return RunConfig(
+    scale = run_scale(
+        depth,
+        tokens,
+        parametrization=parametrization,
+        horizon=horizon,
+        batch_multiple=_MICRO_ROWS * LENGTH,
+    )
+    return published_run(
         model=presets.build(architecture, depth, parametrization=parametrization, **model_fields),
         data=DataConfig("data/slimpajama", sequence_length=LENGTH),
-        optimizer=OptimizerConfig(
-            peak_learning_rate=peak_learning_rate(depth, ROWS * LENGTH, parametrization),
-            matrix_learning_rate_factor=matrix_learning_rate_factor(depth, parametrization),
-            weight_decay=0.1,
-            vector_weight_decay=0.1 if decays_all else 0.0,
-        ),
+        optimizer=optimizer_of(scale),
         schedule=ScheduleConfig(total_tokens=tokens, warmup_tokens=WARMUP_TOKENS),
-        batch=BatchConfig(global_batch_size=ROWS, micro_batch_size=4),
+        batch=BatchConfig(scale.batch_tokens // LENGTH, micro_batch_size=_MICRO_ROWS),
         # As published: 200 rows of four lengths, of which also shorter beginnings are measured.
         evaluation=EvaluationConfig(
             every_steps=1000, max_tokens=200 * 4 * LENGTH, lengths=(1, 2, 3, 4)
         ),
-        checkpoint=CheckpointConfig(every_steps=500),
-        precision=Precision.BF16,
-        activation_checkpointing=ActivationCheckpointing.FULL,
-        init_scheme=InitScheme.STANDARD if is_standard else InitScheme.MUP_RELEASED,
-        seed=3407,
+        init_scheme=RULES[parametrization].init_scheme,
     )
+
+
+def optimizer_of(scale: RunScale) -> OptimizerConfig:
+    """AdamW with the rates and weight decays of a run; betas, epsilon and clipping as published."""
+    return OptimizerConfig(
+        peak_learning_rate=scale.peak_learning_rate,
+        matrix_learning_rate_factor=scale.matrix_learning_rate_factor,
+        weight_decay=scale.weight_decay,
+        vector_weight_decay=scale.vector_weight_decay,
+    )
+
+
+def published_run(**sections: Any) -> RunConfig:
+    """A run with what all published ones share: bf16, every block computed again, one seed."""
+    shared: dict[str, Any] = {
+        "checkpoint": CheckpointConfig(every_steps=500),
+        "precision": Precision.BF16,
+        "activation_checkpointing": ActivationCheckpointing.FULL,
+        "seed": 3407,
+    }
+    return RunConfig(**(shared | sections))

@@ -1,4 +1,4 @@
-"""AdamW over two groups of parameters, and the clipping of their gradients."""
+"""AdamW over groups of parameters by their role, and the clipping of their gradients."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     the speed of the plain loop on the CPU, and 5 to 9 times that of the foreach one.
     """
     roles = parameter_roles(model)
-    groups: dict[tuple[bool, object], list[nn.Parameter]] = {}
+    groups: dict[tuple[object, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
+        settings = role_settings(config, roles[name])
         # One fused update takes tensors of one mesh only.
-        mesh = getattr(parameter, "device_mesh", None)
-        groups.setdefault((roles[name] is Role.MATRIX, mesh), []).append(parameter)
-    matrix = {
-        "weight_decay": config.weight_decay,
-        "learning_rate_factor": config.matrix_learning_rate_factor,
-    }
-    other = {"weight_decay": config.vector_weight_decay, "learning_rate_factor": 1.0}
+        key = (*settings.values(), getattr(parameter, "device_mesh", None))
+        groups.setdefault(key, settings | {"params": []})["params"].append(parameter)
     return torch.optim.AdamW(
-        [
-            {"params": params, **(matrix if is_matrix else other)}
-            for (is_matrix, _), params in groups.items()
-        ],
+        list(groups.values()),
         lr=config.peak_learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
+
+
+def role_settings(config: OptimizerConfig, role: Role) -> dict[str, float]:
+    """What AdamW does with the parameters of a role: factor on the rate, and weight decay."""
+    if role is Role.MATRIX:
+        return {
+            "weight_decay": config.weight_decay,
+            "learning_rate_factor": config.matrix_learning_rate_factor,
+        }
+    return {"weight_decay": config.vector_weight_decay, "learning_rate_factor": 1.0}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
