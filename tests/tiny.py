@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from sambay.model import LanguageModel, ModelCache, initialise
-from sambay.spec import ModelConfig, presets
+from sambay.spec import ModelConfig, RecurrentKind, presets
 
 VOCAB = 61
 NAMES = presets.NAMES
 
 
 def tiny_config(name: str, **fields: Any) -> ModelConfig:
-    """Depth 8, hidden 36, 4 key heads of 6, 8 query heads, window 5."""
+    """Depth 8, hidden 36, 4 key heads of 6, 8 query heads, window 5; 3 recurrent heads of 5."""
     shape: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 36,
@@ -26,6 +26,9 @@ def tiny_config(name: str, **fields: Any) -> ModelConfig:
     }
     if "window" in presets.PRESETS[name].fields:
         shape["window"] = 5
+    preset_kind = presets.PRESETS[name].fields.get("recurrent_kind", RecurrentKind.MAMBA)
+    if fields.get("recurrent_kind", preset_kind) != RecurrentKind.MAMBA:
+        shape |= {"recurrent_heads": 3, "recurrent_head_dim": 5}
     return presets.build(name, 8, **(shape | fields))
 
 

@@ -21,6 +21,10 @@ MILLIONS_AT_16 = {
     "sambay-a": (1009.68, 1074.19),
     "sambay-aa": (1009.68, 1074.19),
     "sambay-mlp": (985.33, 1046.77),
+    "sambay-2": (1004.97, 1068.46),
+    "mambay-2": (1006.57, 1068.01),
+    "gdny": (989.47, 1050.91),
+    "s-gdny": (1018.08, 1082.59),
 }
 PATTERNS_AT_16 = {
     "transformer++": "16xF",
@@ -34,6 +38,14 @@ PATTERNS_AT_16 = {
     "sambay-a": "4x(M S) M F 3x(G C)",
     "sambay-aa": "4x(M S) M F 6xG",
     "sambay-mlp": "4x(M S) M F 3x(G C)",
+    "sambay-2": "4x(M S) M F 3x(G C)",
+    "mambay-2": "9xM F 3x(G C)",
+    "gdny": "9xM F 3x(G C)",
+    "s-gdny": "4x(M S) M F 3x(G C)",
+    "sambay-2+nb": "4x(M S) M F 3x(G C)",
+    "mambay-2+nb": "9xM F 3x(G C)",
+    "s-gdny+gdn": "4x(M S) M F 3x(G C)",
+    "gdny+gdn": "9xM F 3x(G C)",
 }
 
 
@@ -78,6 +90,10 @@ def test_family_at_depth_16(name: str) -> None:
         ("samba+yoco", 8, 128.81, 161.07),
         ("samba+yoco", 24, 3384.55, 3481.32),
         ("transformer++", 8, 121.65, 154.42),
+        ("samba+yoco", 12, 428.88, 477.26),
+        ("samba+yoco", 20, 1964.02, 2044.66),
+        ("transformer++", 12, 410.56, 459.71),
+        ("transformer++", 20, 1900.65, 1982.57),
         ("transformer++", 24, 3284.29, 3382.59),
     ],
 )

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
+from sambay.layers.norm import RMSNorm
 from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
 from sambay.layers.state import LayerState
-from sambay.spec import LayerSpec, ModelConfig
+from sambay.spec import GatedMemory, LayerSpec, ModelConfig
+
+_NORMS: dict[GatedMemory, Callable[[ModelConfig], nn.Module]] = {
+    GatedMemory.PLAIN: lambda config: nn.Identity(),
+    GatedMemory.NORMALISED: lambda config: RMSNorm(config.memory_size, config.norm_eps),
+}
 
 
 class GatedMemoryUnit(nn.Module):
-    """out_proj(silu(in_proj x) * m), where m is the published memory at the same column."""
+    """out_proj(norm(silu(in_proj x) * m)), where m is the published memory at the same column.
+
+    The norm is none, or an RMSNorm over the whole memory behind the gate, for memories that the
+    recurrence itself normalises behind its gate (nGMU, arXiv 2507.06607, section 2).
+    """
 
     roles: ClassVar = {"in_proj.weight": Role.MATRIX, "out_proj.weight": Role.MATRIX}
 
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
         self.in_proj = nn.Linear(config.hidden_size, config.memory_size, bias=False)
+        self.norm = _NORMS[config.gated_memory](config)
         self.out_proj = ResidualProjection(config.memory_size, config.hidden_size, bias=False)
 
     def forward(
@@ -31,4 +43,4 @@ class GatedMemoryUnit(nn.Module):
         assert shared.memory is not None, "the pattern guarantees an earlier publisher"
         x = context.select(x_BTD)
         memory = shared.memory[:, shared.memory.shape[1] - x.shape[1] :]
-        return self.out_proj(F.silu(self.in_proj(x)) * memory), shared
+        return self.out_proj(self.norm(F.silu(self.in_proj(x)) * memory)), shared

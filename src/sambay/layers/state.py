@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sambay.errors import ConfigError
 from sambay.layers.context import BatchContext
+from sambay.spec.recurrent import StateShape
 
 
 class LayerState:
@@ -44,14 +45,25 @@ class LayerState:
                 self.buffers[name] = buffer[: len(rows)]
 
 
-class MambaState(LayerState):
-    """Convolution inputs (B, d_conv - 1, E), oldest first, and scan state (B, E, N); float32."""
+class RecurrentState(LayerState):
+    """Convolution inputs `conv` (B, d_conv - 1, channels), oldest first, and the state `ssm`.
+
+    `ssm` is (B, E, N) of Mamba, (B, H, P, N) of Mamba-2 and (B, H, K, V) of Gated DeltaNet; both
+    are float32 and start as zeros.
+    """
+
+    def __init__(self, batch: int, shape: StateShape, device: torch.device) -> None:
+        super().__init__(
+            conv=torch.zeros(batch, *shape.conv, device=device),
+            ssm=torch.zeros(batch, *shape.ssm, device=device),
+        )
+
+
+class MambaState(RecurrentState):
+    """The state of Mamba from its sizes: `conv` (B, d_conv - 1, E) and `ssm` (B, E, N)."""
 
     def __init__(self, batch: int, d_conv: int, E: int, N: int, device: torch.device) -> None:
-        super().__init__(
-            conv=torch.zeros(batch, d_conv - 1, E, device=device),
-            ssm=torch.zeros(batch, E, N, device=device),
-        )
+        super().__init__(batch, StateShape((d_conv - 1, E), (E, N)), device)
 
 
 class KVState(LayerState, abc.ABC):

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from sambay.errors import ConfigError
 from sambay.layers.context import BatchContext
-from sambay.layers.state import FullKV, KVState, LayerState, MambaState, WindowKV
+from sambay.layers.state import FullKV, KVState, LayerState, RecurrentState, WindowKV
 from sambay.spec import LayerKind, LayerSpec, ModelConfig
+from sambay.spec.recurrent import state_shape
 
 
 class ModelCache:
-    """Convolution and scan states, window rings, and the keys and values that grow.
+    """Recurrent states, window rings, and the keys and values that grow.
 
     Gated memory units and cross-attention own nothing. Rows are left-padded, so all rows stand at
     the same column: `length` counts the columns seen so far, padding included.
@@ -49,7 +50,7 @@ class ModelCache:
 
         def state(layer: LayerSpec) -> LayerState | None:
             if layer.kind is LayerKind.MAMBA:
-                return MambaState(batch_size, config.d_conv, config.d_inner, config.d_state, device)
+                return RecurrentState(batch_size, state_shape(config), device)
             if not layer.kind.keeps_state:
                 return None
             kind = FullKV if layer.kind is LayerKind.FULL else WindowKV

@@ -7,9 +7,11 @@ real caches and torch's own FLOP counter.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
-from sambay.spec.layers import LayerKind, LayerSpec, prefill_split
+from sambay.spec.layers import LayerKind, LayerSpec, MemorySource, prefill_split
 from sambay.spec.model_config import AttentionVariant, ModelConfig, Norm
+from sambay.spec.recurrent import GatedMemory, RecurrentKind, conv_channels, state_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,32 +34,73 @@ class LayerCost:
         return self.mixer + self.mlp + self.norms
 
 
+class _Mixer(NamedTuple):
+    """Parameters of a mixer: in matrix products, those that its state needs, and all others."""
+
+    matmul: int
+    state: int
+    vectors: int
+
+
 def layer_cost(config: ModelConfig, layer: LayerSpec) -> LayerCost:
     """The parameter counts of one layer."""
-    D, E = config.hidden_size, config.d_inner
-    q_size, kv_size = config.attention_size, 2 * config.num_kv_heads * config.head_dim
-    norm = D * (2 if config.norm is Norm.LAYER else 1)
+    D = config.hidden_size
     if layer.kind is LayerKind.MAMBA:
-        R, N = config.dt_rank, config.d_state
-        state = 2 * E * D + (R + 2 * N) * E + E * R
-        matmul = state + D * E
-        vectors = E * config.d_conv + E + E + E * N + E  # conv, its bias, dt bias, A_log, D
+        mixer = _RECURRENCES[config.recurrent_kind](config, layer)
     elif layer.kind is LayerKind.GATED_MEMORY:
-        state, matmul, vectors = 0, 2 * D * config.memory_size, 0
+        normalised = config.gated_memory is GatedMemory.NORMALISED
+        weights = config.memory_size if normalised else 0
+        mixer = _Mixer(2 * D * config.memory_size, 0, weights)
     else:
-        own_kv = 0 if layer.kind is LayerKind.CROSS else kv_size
-        state = D * own_kv
-        matmul = D * (q_size + own_kv) + q_size * D
-        vectors = (q_size + own_kv + D) if config.attention_bias else 0
-        if config.attention_variant is AttentionVariant.DIFFERENTIAL:
-            vectors += 6 * config.head_dim
+        mixer = _attention(config, layer)
     return LayerCost(
-        mixer_matmul=matmul,
-        state_matmul=state,
-        mixer=matmul + vectors,
+        mixer_matmul=mixer.matmul,
+        state_matmul=mixer.state,
+        mixer=mixer.matmul + mixer.vectors,
         mlp=3 * D * config.intermediate_size,
-        norms=2 * norm,
+        norms=2 * D * (2 if config.norm is Norm.LAYER else 1),
     )
+
+
+def _attention(config: ModelConfig, layer: LayerSpec) -> _Mixer:
+    D, q_size = config.hidden_size, config.attention_size
+    has_keys = layer.kind is not LayerKind.CROSS
+    own_kv = 2 * config.num_kv_heads * config.head_dim if has_keys else 0
+    vectors = (q_size + own_kv + D) if config.attention_bias else 0
+    if config.attention_variant is AttentionVariant.DIFFERENTIAL:
+        vectors += 6 * config.head_dim
+    return _Mixer(D * (q_size + own_kv) + q_size * D, D * own_kv, vectors)
+
+
+def _mamba(config: ModelConfig, layer: LayerSpec) -> _Mixer:
+    D, E, R, N = config.hidden_size, config.d_inner, config.dt_rank, config.d_state
+    state = 2 * E * D + (R + 2 * N) * E + E * R
+    vectors = E * config.d_conv + E + E + E * N + E  # conv, its bias, dt bias, A_log, D
+    return _Mixer(state + D * E, state, vectors)
+
+
+def _mamba2(config: ModelConfig, layer: LayerSpec) -> _Mixer:
+    D, E, N, H = config.hidden_size, config.d_inner, config.d_state, config.recurrent_heads
+    state = D * (2 * E + 2 * N + H)  # one projection to gate, x, B, C and the time step
+    vectors = conv_channels(config) * (config.d_conv + 1) + 3 * H + E  # dt bias, A_log, D; norm
+    return _Mixer(state + D * E, state, vectors)
+
+
+def _gated_delta(config: ModelConfig, layer: LayerSpec) -> _Mixer:
+    D, E, H = config.hidden_size, config.d_inner, config.recurrent_heads
+    state = D * (conv_channels(config) + 2 * H)  # q, k, v; decay and beta
+    publishes = layer.publishes_memory is MemorySource.MAMBA
+    before_gate = config.recurrent_norm.is_before_gate(publishes_memory=publishes)
+    norm = config.recurrent_head_dim if before_gate else E
+    vectors = conv_channels(config) * config.d_conv + 2 * H + norm  # dt bias, A_log
+    return _Mixer(state + 2 * D * E, state, vectors)  # and the gate, and the output
+
+
+_RECURRENCES = {
+    RecurrentKind.MAMBA: _mamba,
+    RecurrentKind.MAMBA2: _mamba2,
+    RecurrentKind.GATED_DELTA: _gated_delta,
+}
 
 
 def parameter_count(config: ModelConfig, *, embeddings: bool = True) -> int:
@@ -91,7 +134,7 @@ def forward_flops(config: ModelConfig, tokens: int, *, last_only: bool = False) 
     """Floating-point operations of the matrix products of one row's forward over `tokens`.
 
     Projections and head (2 per parameter and token) and the visible pairs of attention; elementwise
-    work, the convolution and the scan are left out. With `last_only` the prefill that returns the
+    work, the convolution and the recurrence are left out (`flops.forward` has them). With `last_only` the prefill that returns the
     logits of the last token.
     """
     split = prefill_split(config.layers) if last_only else config.num_layers
@@ -136,8 +179,8 @@ def cache_bytes(
     """The bytes of a cache that holds `length` tokens of `batch_size` rows.
 
     Full layers keep 2 x kv heads x head_dim values per token, windows at most `window` of them,
-    Mamba layers d_inner x (d_state + d_conv - 1) values of state; gated memory units and
-    cross-attention keep nothing. `kv_bytes` and `state_bytes` are bytes per value.
+    recurrent layers a fixed state (`state_shape`); gated memory units and cross-attention keep
+    nothing. `kv_bytes` and `state_bytes` are bytes per value.
     """
     per_token = 2 * config.num_kv_heads * config.head_dim * kv_bytes
     total = 0
@@ -147,5 +190,5 @@ def cache_bytes(
         elif layer.kind is LayerKind.SLIDING:
             total += min(layer.window or length, length) * per_token
         elif layer.kind is LayerKind.MAMBA:
-            total += config.d_inner * (config.d_state + config.d_conv - 1) * state_bytes
+            total += state_shape(config).values * state_bytes
     return batch_size * total

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sambay.spec.model_config import ModelConfig
 
 
 class RecurrentKind(enum.StrEnum):
@@ -38,6 +42,46 @@ class GatedMemory(enum.StrEnum):
 
     PLAIN = "plain"  # the gated memory itself
     NORMALISED = "normalised"  # RMSNorm of the gated memory, over its whole width
+
+
+class StateShape(NamedTuple):
+    """What a recurrent layer keeps per row between tokens.
+
+    conv: (d_conv - 1, channels), the last inputs of its short convolution.
+    ssm: (E, N) of Mamba, (H, P, N) of Mamba-2, (H, K, V) of Gated DeltaNet.
+    """
+
+    conv: tuple[int, int]
+    ssm: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        """The number of values in both."""
+        return math.prod(self.conv) + math.prod(self.ssm)
+
+
+def conv_channels(config: ModelConfig) -> int:
+    """The channels of the short convolution: x of Mamba; x, B and C of Mamba-2; q, k and v."""
+    return (
+        config.d_inner
+        + {
+            RecurrentKind.MAMBA: 0,
+            RecurrentKind.MAMBA2: 2 * config.d_state,
+            RecurrentKind.GATED_DELTA: 2 * config.recurrent_heads * config.d_state,
+        }[config.recurrent_kind]
+    )
+
+
+def state_shape(config: ModelConfig) -> StateShape:
+    """The state of every recurrent layer of a model."""
+    heads, head_dim = config.recurrent_heads, config.recurrent_head_dim
+    ssm = {
+        RecurrentKind.MAMBA: (config.d_inner, config.d_state),
+        RecurrentKind.MAMBA2: (heads, head_dim, config.d_state),
+        RecurrentKind.GATED_DELTA: (heads, config.d_state, head_dim),
+    }
+    conv = (config.d_conv - 1, conv_channels(config))
+    return StateShape(conv, ssm[config.recurrent_kind])
 
 
 def published_sizes(
