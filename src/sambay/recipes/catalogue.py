@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sambay.errors import ConfigError, nearest
-from sambay.recipes import demo, flash, long_context, published, small
+from sambay.recipes import demo, flash, long_context, published, small, small_ladder
 from sambay.train.config import RunConfig, read_run_config
 
 Recipe = Callable[..., RunConfig]  # what sets its runs apart from one another are arguments
@@ -21,6 +21,7 @@ RECIPES: dict[str, Recipe] = {
         demo.demo_transformer,
         small.sambay_20m,
         small.transformer_20m,
+        small_ladder.small_ladder,
         published.sambay_1b,
         published.transformer_1b,
         published.ladder,
