@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from sambay.errors import ConfigError
 from sambay.spec import presets
@@ -65,7 +66,7 @@ def expand(
 
     Raises:
         ConfigError: a word is given twice, an architecture is unknown, nothing can be built, or
-            two runs would be the same because the recipe ignores what sets them apart.
+            the recipe ignores one of the three.
     """
     for word, values in (("architecture", architectures), ("depth", depths), ("seed", seeds)):
         for value in values:
@@ -84,7 +85,7 @@ def expand(
         members += mine
     if all(one.config is None for one in members):
         raise ConfigError(f"no run of this ladder can be built; {members[0].reason}")
-    _check_all_differ(members)
+    _check_all_count(members)
     return members
 
 
@@ -105,20 +106,22 @@ def _member(build: Build, architecture: str, depth: int, seed: int) -> Member:
         return Member(architecture, depth, seed, None, str(error))
 
 
-def _check_all_differ(members: Sequence[Member]) -> None:
-    seen: dict[str, Member] = {}
-    for member in members:
-        if member.config is None:
-            continue
-        other = seen.setdefault(repr(member.config), member)
-        if other is not member:
-            words = {
-                "architecture": (member.architecture, other.architecture),
-                "depth": (member.depth, other.depth),
-                "seed": (member.seed, other.seed),
-            }
-            word = next(name for name, (mine, theirs) in words.items() if mine != theirs)
+def _check_all_count(members: Sequence[Member]) -> None:
+    """Make sure that each of the words changes something in at least one run.
+
+    Two architectures may well be one at some depth: without a cross-decoder, say.
+    """
+    for word in ("architecture", "depth", "seed"):
+        others = [name for name in ("architecture", "depth", "seed") if name != word]
+        groups: dict[tuple[object, ...], list[Member]] = {}
+        for member in members:
+            if member.config is not None:
+                key = tuple(getattr(member, name) for name in others)
+                groups.setdefault(key, []).append(member)
+        pairs = [(one, two) for group in groups.values() for one, two in pairwise(group)]
+        if pairs and all(one.config == two.config for one, two in pairs):
+            one, two = pairs[0]
             raise ConfigError(
-                f"{member.name} and {other.name} would be the same run: the recipe makes nothing "
-                f"of its argument {word}"
+                f"{one.name} and {two.name} would be the same run, and so would all others: the "
+                f"recipe makes nothing of its argument {word}"
             )

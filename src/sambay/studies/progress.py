@@ -54,7 +54,7 @@ class Progress:
         left = duration((total - done) / self.rate) if self.rate > 0 else "?"
         parts = [
             f"{num_done}/{len(self._shares)} runs |{'━' * filled}{' ' * (_BAR_WIDTH - filled)}| "
-            f"{share:.1%}  {self.rate / 1e9:,.1f} GFLOP/s  {left} left"
+            f"{share:.1%}  {self.rate / 1e9:,.3g} GFLOP/s  {left} left"
         ]
         for name in running:
             step, loss = steps_done(self._runs / name)
