@@ -68,11 +68,14 @@ def small_model(
     architecture: str, depth: int, parametrization: Parametrization = Parametrization.MUP_PLUS_PLUS
 ) -> ModelConfig:
     """The model of a rung, with the size of its MLPs chosen for equal parameters."""
-    reference = parameter_count(_model("transformer++", depth, parametrization), embeddings=False)
+    target = _size(_model("transformer++", depth, parametrization))
     model = _model(architecture, depth, parametrization)
-    surplus = parameter_count(model, embeddings=False) - reference
-    of_one_unit = 3 * model.hidden_size * depth
-    return model.replace(intermediate_size=model.intermediate_size - round(surplus / of_one_unit))
+    candidates = (model.replace(intermediate_size=size) for size in range(1, 6 * model.hidden_size))
+    return min(candidates, key=lambda candidate: abs(_size(candidate) - target))
+
+
+def _size(model: ModelConfig) -> int:
+    return parameter_count(model, embeddings=False)
 
 
 def _model(architecture: str, depth: int, parametrization: Parametrization) -> ModelConfig:
