@@ -1,4 +1,4 @@
-"""The two normalisations, applied to the residual stream in the dtype of their weights."""
+"""The normalisations of the residual stream, and one beside a gate, in their weights' dtype."""
 
 from __future__ import annotations
 
@@ -42,6 +42,36 @@ class LayerNorm(nn.Module):
         """(..., size) in any dtype to (..., size) in the weight's dtype."""
         x = x.to(self.weight.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """The RMSNorm and the gate at the end of a recurrent mixer, in either order.
+
+    After the gate is RMSNorm(y * silu(z)), before it RMSNorm(y) * silu(z) (arXiv 2507.06607,
+    appendix B). The last dimension is normalised, so a norm within each head takes (..., H, P).
+    """
+
+    roles: ClassVar = {"weight": Role.VECTOR}
+
+    def __init__(self, size: int, eps: float, *, before_gate: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.before_gate = before_gate
+
+    def forward(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(normed and gated, what the gate multiplied), for y and z of one shape (..., size).
+
+        What the gate multiplied has y's dtype: y itself, or the normed y if the norm comes first.
+        """
+        dtype = self.weight.dtype
+        if self.before_gate:
+            y = self._normed(y.to(dtype)).to(y.dtype)
+            return y * F.silu(z), y
+        return self._normed(y.to(dtype) * F.silu(z.to(dtype))), y
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 _CLASSES = {Norm.RMS: RMSNorm, Norm.LAYER: LayerNorm}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,30 +20,37 @@ def why_unavailable(x: Tensor | None) -> str | None:
         if x.dtype == torch.float64:
             return "it takes bfloat16, float16 and float32, not float64"
         # Its products of float32 values keep 10 bits; who has not allowed that expects 23.
-        if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
             return (
                 "its float32 products are rounded to TF32; "
                 "torch.set_float32_matmul_precision('high') allows that, or compute in bfloat16"
             )
-    elif not torch.cuda.is_available():
-        return "it needs a CUDA device"
-    return _why_not_installed()
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    kernel = _kernel()
+    return kernel if isinstance(kernel, str) else None
 
 
 # Traced code cannot import; the answer is one for the whole process.
 @torch.compiler.assume_constant_result
-def _why_not_installed() -> str | None:
+def _kernel() -> Callable[..., Any] | str:
+    """mamba_chunk_scan_combined, or the reason why there is none."""
+    return _load()
+
+
+@functools.cache
+def _load() -> Callable[..., Any] | str:
     try:
-        _kernel()
+        from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
+            mamba_chunk_scan_combined,
+        )
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "mamba_ssm":  # one of its own dependencies
+            return f"mamba_ssm cannot be imported: {error}"
+        return "mamba_ssm is not installed; run: pip install mamba-ssm"
     except ImportError as error:
-        return f"the package mamba_ssm cannot be imported ({error}); pip install mamba-ssm"
-    except AttributeError:
-        return "mamba_ssm is too old, it has no mamba_chunk_scan_combined; pip install -U mamba-ssm"
-    return None
-
-
-def _kernel() -> Callable[..., Any]:
-    return importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+        return f"mamba_ssm cannot be imported: {error}"
+    return mamba_chunk_scan_combined
 
 
 @torch.compiler.disable  # the kernels are not made to be traced
@@ -63,11 +70,13 @@ def scan(
     The states between chunks are rounded to x's dtype where they enter a product; the final state
     is not.
     """
+    kernel = _kernel()
+    assert not isinstance(kernel, str), kernel
     documents = None
     if resets_BT is not None:
         # The kernel lets a token see the initial state where the document's number is zero.
         documents = resets_BT.cumsum(1, dtype=torch.int32)
-    y_BTHP, final_BHPN = _kernel()(
+    return kernel(
         x_BTHP,
         delta_BTH,
         A_H,
@@ -81,4 +90,3 @@ def scan(
         dt_softplus=True,
         return_final_states=True,
     )
-    return y_BTHP, final_BHPN
