@@ -6,11 +6,14 @@ import pytest
 
 from sambay.errors import ConfigError
 from sambay.scaling.horizon import (
-    matrix_learning_rate_factor,
-    nominal_parameters,
-    peak_learning_rate,
+    Horizon,
+    published_flops,
+    run_scale,
     token_budget,
+    tokens_for,
 )
+from sambay.scaling.iso import nominal_parameters
+from sambay.scaling.rules import Base
 from sambay.spec import Parametrization, presets
 from sambay.spec.footprint import parameter_count
 
@@ -40,7 +43,13 @@ ABLATIONS = {
     "sambay-a": (2016, 985.2, 1049.7),
     "sambay-aa": (2016, 985.2, 1049.7),
     "sambay-mlp": (1920, 985.0, 1046.4),
+    "sambay-2": (1984, 986.3, 1049.8),
+    "mambay-2": (1920, 975.2, 1036.6),
+    "gdny": (1920, 960.4, 1021.9),
+    "s-gdny": (2016, 1001.0, 1065.5),
 }
+# The FLOPs at which the losses of a depth are plotted, for every architecture (figure 2a).
+FLOPS = {8: 9.1226e18, 12: 1.03912e20, 16: 5.83847e20, 20: 2.22720e21, 24: 6.65038e21}
 
 
 @pytest.mark.parametrize(("run", "published"), TABLE_7.items(), ids=str)
@@ -52,8 +61,9 @@ def test_the_ladder(run: tuple[str, int], published: tuple[float, ...]) -> None:
     assert config.hidden_size == width
     assert nominal / 1e6 == pytest.approx(layers, abs=0.1)
     assert (nominal + 32_000 * width) / 1e6 == pytest.approx(total, abs=0.1)
-    assert peak_learning_rate(depth) == pytest.approx(rate, rel=2e-3)
-    assert token_budget(architecture, depth) / 1e9 == pytest.approx(tokens, abs=0.051)
+    budget = token_budget(architecture, depth)
+    assert budget / 1e9 == pytest.approx(tokens, abs=0.051)
+    assert run_scale(depth, budget).peak_learning_rate == pytest.approx(rate, rel=2e-3)
     assert 100 < token_budget(architecture, depth) / nominal < 105
 
 
@@ -72,19 +82,56 @@ def test_the_formula_is_close_to_the_exact_count(name: str) -> None:
     assert 0.99 < exact / nominal_parameters(name, 8) < 1.05
 
 
+@pytest.mark.parametrize("depth", FLOPS)
+def test_flops_of_the_figure(depth: int) -> None:
+    assert published_flops(depth) == pytest.approx(FLOPS[depth], rel=1e-5)
+
+
 def test_rates_under_the_three_parametrizations() -> None:
     """arXiv 2507.06607, table 6: only muP++ goes down with depth, only SP has one rate for all."""
-    standard, mup, plus = Parametrization
-    assert [peak_learning_rate(4, parametrization=one) for one in (standard, mup, plus)] == [
-        4e-4, 4e-4, 8e-4,
-    ]  # fmt: skip
-    assert [matrix_learning_rate_factor(8, one) for one in (standard, mup, plus)] == [1, 2, 2]
-    # Matrix rates of muP++ at the published depths.
-    matrix = {8: 1.131e-3, 12: 6.16e-4, 16: 4e-4, 20: 2.86e-4, 24: 2.18e-4}
-    for depth, rate in matrix.items():
-        product = peak_learning_rate(depth) * matrix_learning_rate_factor(depth)
-        assert product == pytest.approx(rate, rel=2e-3)
-    assert peak_learning_rate(16, 2**23) == pytest.approx(8e-4)  # with the root of the batch
+    for one, rate, factor, decay in zip(
+        Parametrization, (4e-4, 4e-4, 8e-4), (1, 4, 4), (0.1, 0.1, 0), strict=True
+    ):
+        scale = run_scale(4, 10**9, parametrization=one)
+        assert scale.peak_learning_rate == rate
+        assert scale.matrix_learning_rate_factor == factor
+        assert (scale.weight_decay, scale.vector_weight_decay) == (0.1, decay)
+        assert (scale.tokens, scale.batch_tokens) == (10**9, 2**21)
+
+
+def test_a_batch_that_grows() -> None:
+    """With the root of the tokens, in whole rows, and the rate with the root of the real batch."""
+    scale = run_scale(16, 400_000_000_000, horizon=Horizon.BATCH)
+    assert scale.batch_tokens == 2**22
+    assert scale.peak_learning_rate == pytest.approx(4e-4 * 2**0.5)
+    scale = run_scale(16, 200_000_000_000, horizon=Horizon.BATCH, batch_multiple=4 * 4096)
+    assert scale.batch_tokens == 724 * 4096  # 724.08 rows
+    assert scale.peak_learning_rate == pytest.approx(4e-4 * (724 / 512) ** 0.5)
+    assert run_scale(16, 10, horizon=Horizon.BATCH, batch_multiple=4096).batch_tokens == 4096
+    assert run_scale(16, 10**11, horizon=Horizon.BATCH) == run_scale(16, 10**11)
+
+
+def test_a_rate_that_falls() -> None:
+    """With the third root of the tokens; what a step decays stays."""
+    plain = run_scale(16, 800_000_000_000)
+    scale = run_scale(16, 800_000_000_000, horizon=Horizon.RATE)
+    assert scale.batch_tokens == plain.batch_tokens == 2**21
+    assert scale.peak_learning_rate == pytest.approx(2e-4)
+    assert scale.weight_decay == pytest.approx(0.2)
+    assert scale.vector_weight_decay == 0
+    for depth in (8, 24):  # also where depth has changed the rate
+        scale = run_scale(depth, 3 * 10**11, horizon=Horizon.RATE)
+        assert scale.weight_decay * scale.peak_learning_rate == pytest.approx(0.1 * 4e-4)
+
+
+def test_horizons_from_another_base() -> None:
+    """A run like its base is the base, under each horizon; tokens go with the parameters."""
+    base = Base(learning_rate=2e-3, depth=8, batch_tokens=8192, tokens=10**7, parameters=10**6)
+    for horizon in Horizon:
+        scale = run_scale(8, 10**7, horizon=horizon, base=base)
+        assert (scale.batch_tokens, scale.peak_learning_rate) == (8192, 2e-3)
+        assert (scale.weight_decay, scale.matrix_learning_rate_factor) == (0.1, 1)
+    assert tokens_for(2_500_000, base) == 25_000_000
 
 
 def test_mistakes() -> None:
@@ -92,3 +139,5 @@ def test_mistakes() -> None:
         token_budget("samby", 8)
     with pytest.raises(ConfigError, match="depth = 10"):
         token_budget("sambay", 10)
+    with pytest.raises(ConfigError, match="tokens = 0; it must be 1 or more"):
+        run_scale(8, 0)

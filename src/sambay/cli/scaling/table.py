@@ -62,12 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--base-aspect",
-        default="128",
         metavar="N",
         help="for --exact: hidden size per layer of the Transformer++ (128)",
     )
     parser.add_argument(
-        "--multiple", default="2", metavar="N", help="for --exact: hidden sizes are multiples of it"
+        "--multiple", metavar="N", help="for --exact: hidden sizes are multiples of it (2)"
     )
     parser.add_argument(
         "--with-embeddings", action="store_true", help="for --exact: count embeddings too"
@@ -98,6 +97,13 @@ def run(args: argparse.Namespace) -> int:
     from sambay.scaling.horizon import Horizon
     from sambay.spec import presets
 
+    for option in ("target", "base_aspect", "multiple", "with_embeddings"):
+        if getattr(args, option) and not args.exact:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} has no effect without --exact; add it")
+    length = parse_value("--length", args.length, int)
+    if length < 1:
+        raise ConfigError(f"--length = {length}; it must be 1 or more")
     depths = parse_value("--depths", args.depths, tuple[int, ...])
     names = presets.NAMES if args.architectures == "all" else args.architectures.split(",")
     for name in names:
@@ -106,12 +112,12 @@ def run(args: argparse.Namespace) -> int:
     request = _Request(
         parametrization=Parametrization(args.parametrization),
         horizon=parse_value("--horizon", args.horizon, Horizon),
-        length=parse_value("--length", args.length, int),
+        length=length,
         fields=_fields(args.fields),
         solver={
             "target": parse_value("--target", args.target or "None", int | None),
-            "base_aspect_ratio": parse_value("--base-aspect", args.base_aspect, int),
-            "multiple": parse_value("--multiple", args.multiple, int),
+            "base_aspect_ratio": parse_value("--base-aspect", args.base_aspect or "128", int),
+            "multiple": parse_value("--multiple", args.multiple or "2", int),
             "embeddings": args.with_embeddings,
         }
         if args.exact
