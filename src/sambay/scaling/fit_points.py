@@ -20,7 +20,9 @@ from sambay.scaling.fit_solver import Array
 CONSTANTS = 3  # A, b and C
 FEWEST_SIZES = CONSTANTS + 1  # one more, or nothing is left to tell the noise from
 _LOSS_COLUMNS = ("validation_loss", "L", "loss")
-_DATA_COLUMNS = ("data", "data_hash", "data_sha256", "manifest_hash", "validation_data")
+_WITHOUT_A_LOSS = ("pending", "failed", "unbuildable")
+
+Row = Mapping[str, Any]
 
 
 class Resource(enum.Enum):
@@ -94,7 +96,8 @@ class Points:
         """
         for run, D, loss in zip(self.runs, self.x, self.losses, strict=True):
             if not math.isfinite(loss) or loss <= 0:
-                raise DataError(f"{run}: its loss is {loss:g}; train it again or leave it out")
+                raise DataError(f"{run}: its loss is {loss:g}; train it again, or fit the others "
+                                f"with --leave-out {run}")  # fmt: skip
             if not math.isfinite(D) or D <= 0:
                 raise DataError(f"{run}: D is {D:g}; a power law needs D > 0")
         for (D, seed), count in Counter(zip(self.x, self.seeds, strict=True)).items():
@@ -114,27 +117,42 @@ class Points:
                             "does not describe them; look at the runs")  # fmt: skip
 
 
-def read_points(path: Path, resource: Resource) -> list[Points]:
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The points of every architecture of a file, and the runs that are not among them, and why."""
+
+    points: tuple[Points, ...]
+    left_out: tuple[str, ...]
+
+
+def read_points(path: Path, resource: Resource, leave_out: Sequence[str] = ()) -> Table:
     """The points of every architecture of a table, in the table's order.
 
     The table is the ladder's `table.json`, or JSON or CSV rows with the columns D and L and, if
-    there is more than one curve or run per size, `architecture` and `seed`.
+    there is more than one curve or run per size, `architecture` and `seed`. Runs that have not
+    finished or cannot be built are left out; one that diverged must be left out by name, because
+    the curve without it is a choice.
+
+    Args:
+        leave_out: names of runs, or `ARCHITECTURE-d8` for all seeds of a size.
 
     Raises:
         DataError: the file cannot be read, a column is missing, the runs saw different data, or as
             `Points.check`.
     """
     rows = _read_rows(path)
+    rows, left_out = _leave_out(path, rows, leave_out)
     if not rows:
-        raise DataError(f"{path}: no runs in this table; train some first")
+        raise DataError(f"{path}: no finished runs in this table; train some first")
     _check_same_data(path, rows)
     loss_column = _column(path, rows, _LOSS_COLUMNS)
     x_column = "D" if "D" in rows[0] else resource.column
     _column(path, rows, (x_column,))
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    grouped: dict[str, list[Row]] = {}
     for row in rows:
         grouped.setdefault(str(row.get("architecture") or path.stem), []).append(row)
-    return [_points(path, name, own, x_column, loss_column) for name, own in grouped.items()]
+    points = [_points(path, name, own, x_column, loss_column) for name, own in grouped.items()]
+    return Table(tuple(points), tuple(left_out))
 
 
 def choose(points: Sequence[Points], name: str) -> Points:
@@ -149,9 +167,7 @@ def choose(points: Sequence[Points], name: str) -> Points:
     raise DataError(f"no runs of '{name}' in the table{nearest(name, [p.name for p in points])}")
 
 
-def _points(
-    path: Path, name: str, rows: list[Mapping[str, Any]], x_column: str, loss_column: str
-) -> Points:
+def _points(path: Path, name: str, rows: list[Row], x_column: str, loss_column: str) -> Points:
     seeds = tuple(None if row.get("seed") in (None, "") else _seed(path, row) for row in rows)
     x = tuple(_number(path, row, x_column) for row in rows)
     sizes = [row.get("depth") or D for row, D in zip(rows, x, strict=True)]
@@ -159,7 +175,10 @@ def _points(
              for row, D in zip(rows, x, strict=True)]  # fmt: skip
     points = Points(
         name, x, tuple(_number(path, row, loss_column) for row in rows), seeds,
-        tuple(_run_name(name, word, seed) for word, seed in zip(words, seeds, strict=True)),
+        tuple(
+            str(row.get("name") or _run_name(name, word, seed))
+            for row, word, seed in zip(rows, words, seeds, strict=True)
+        ),
         tuple(zip(sizes, seeds, strict=True)),
     )  # fmt: skip
     points.check()
@@ -170,7 +189,7 @@ def _run_name(name: str, size: str, seed: int | None) -> str:
     return f"{name} {size}" + ("" if seed is None else f" seed {seed}")
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".csv":
@@ -180,26 +199,69 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: cannot be read ({error}); give a JSON or CSV table") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: is not JSON ({error}); a CSV table must end in .csv") from error
-    rows = content.get("rows") if isinstance(content, dict) else content
+    rows = content.get("runs") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected a list of runs, or 'rows' with one; see the ladder's "
-                        "table.json")  # fmt: skip
+        raise DataError(f"{path}: expected a list of runs, or 'runs' with one, as a ladder's "
+                        "table.json has")  # fmt: skip
     return rows
 
 
-def _check_same_data(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Losses on different text cannot lie on one curve."""
-    for column in _DATA_COLUMNS:
-        seen = {json.dumps(row[column], sort_keys=True): row for row in rows if row.get(column)}
-        if len(seen) > 1:
-            first, second = list(seen.values())[:2]
-            raise DataError(
-                f"{path}: the runs saw different data: '{column}' is {first[column]} in one row "
-                f"and {second[column]} in another; fit runs of one data set"
-            )
+def _leave_out(
+    path: Path, rows: Sequence[Row], names: Sequence[str]
+) -> tuple[list[Row], list[str]]:
+    """The rows that count, and a line for each of the others."""
+    kept: list[Row] = []
+    left_out: list[str] = []
+    used: set[str] = set()
+    for row in rows:
+        run, size = row.get("name"), f"{row.get('architecture')}-d{row.get('depth')}"
+        asked = {run, size} & set(names)
+        used |= asked
+        if asked:
+            left_out.append(f"{run or size}: left out as asked")
+        elif row.get("state") in _WITHOUT_A_LOSS:
+            reason = f", {row['reason']}" if row.get("reason") else ""
+            left_out.append(f"{run or size}: {row['state']}{reason}")
+        else:
+            kept.append(row)
+    if unknown := sorted(set(names) - used):
+        known = [str(row.get("name")) for row in rows if row.get("name")]
+        raise DataError(f"{path}: no run '{unknown[0]}' to leave out{nearest(unknown[0], known)}")
+    return kept, left_out
 
 
-def _column(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+def _check_same_data(path: Path, rows: Sequence[Row]) -> None:
+    """Losses on different text cannot lie on one curve, nor runs of one seed in another order."""
+    _check_equal(path, [(row, _facts(row.get("data"))) for row in rows if row.get("data")])
+    by_seed: dict[Any, list[tuple[Row, dict[str, Any]]]] = {}
+    for row in rows:
+        if "order_seed" in row:
+            order = {"order_seed": row["order_seed"]}
+            by_seed.setdefault(row.get("seed"), []).append((row, order))
+    for of_one_seed in by_seed.values():
+        _check_equal(path, of_one_seed)
+
+
+def _facts(data: Any) -> dict[str, Any]:
+    return dict(data) if isinstance(data, dict) else {"data": data}
+
+
+def _check_equal(path: Path, facts: Sequence[tuple[Row, dict[str, Any]]]) -> None:
+    for row, own in facts[1:]:
+        first, expected = facts[0]
+        for field in sorted(own.keys() | expected.keys()):
+            if own.get(field) != expected.get(field):
+                raise DataError(
+                    f"{path}: the runs saw different data: {field} is {expected.get(field)!r} in "
+                    f"{_label(first)} and {own.get(field)!r} in {_label(row)}; fit runs that agree"
+                )
+
+
+def _label(row: Row) -> str:
+    return str(row.get("name") or row.get("architecture") or "one row")
+
+
+def _column(path: Path, rows: Sequence[Row], names: Sequence[str]) -> str:
     for name in names:
         if all(name in row for row in rows):
             return name
@@ -208,7 +270,7 @@ def _column(path: Path, rows: Sequence[Mapping[str, Any]], names: Sequence[str])
                     f"{', '.join(known)}")  # fmt: skip
 
 
-def _number(path: Path, row: Mapping[str, Any], column: str) -> float:
+def _number(path: Path, row: Row, column: str) -> float:
     """A table writes a loss that is not finite as null or as a word; the check names the run."""
     value = row[column]
     try:
@@ -217,7 +279,7 @@ def _number(path: Path, row: Mapping[str, Any], column: str) -> float:
         raise DataError(f"{path}: '{column}' is {value!r}, which is not a number") from error
 
 
-def _seed(path: Path, row: Mapping[str, Any]) -> int:
+def _seed(path: Path, row: Row) -> int:
     try:
         return int(row["seed"])
     except (TypeError, ValueError) as error:

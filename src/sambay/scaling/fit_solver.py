@@ -20,9 +20,9 @@ Array = NDArray[np.float64]
 
 SMALLEST_EXPONENT, LARGEST_EXPONENT = 1e-6, 2.0
 # Below 0.003 C is always at its lower bound (unless x spans hundreds of nats), so few points do.
-_GRID = np.array([SMALLEST_EXPONENT, 1e-4, 1e-3, *np.geomspace(3e-3, LARGEST_EXPONENT, 60)])
+_GRID = np.array([SMALLEST_EXPONENT, 1e-4, 1e-3, *np.geomspace(3e-3, LARGEST_EXPONENT, 42)])
 _GOLDEN = (np.sqrt(5.0) - 1) / 2
-_SEARCH_STEPS = 34  # 0.618^34 of a cell: b to eight digits, more than the flat minimum determines
+_SEARCH_STEPS = 26  # 0.618^26 of a cell: b to six digits, far finer than any interval
 
 
 class Quantity(enum.Enum):
