@@ -24,7 +24,8 @@ from sambay.train.config import Device, RunConfig
 from sambay.train.run_dir import LOCK
 
 RUNS, LOGS, CLAIMS = "runs", "logs", ".claims"
-IN_USE = "is in use by process"
+WORKER = "sambay.studies.worker"
+IN_USE = "is in use by process"  # as train.run_dir says it
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Worker:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "sambay.studies.worker", str(self.run_dir)],
+                    [sys.executable, "-m", WORKER, str(self.run_dir)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
