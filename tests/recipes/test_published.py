@@ -17,6 +17,7 @@ from sambay.model import LanguageModel
 from sambay.recipes.flash import phi4_mini_flash
 from sambay.recipes.long_context import prolong_32k
 from sambay.recipes.published import data_scaling, ladder
+from sambay.scaling.horizon import Horizon
 from sambay.spec import InitScheme, Parametrization, presets
 from sambay.train.config import (
     BatchConfig,
@@ -95,6 +96,18 @@ def test_data_scaling(tokens: int) -> None:
     assert config.schedule.total_tokens == tokens
     same = replace(config, schedule=replace(config.schedule, total_tokens=100_000_000_000))
     assert same == ladder("transformer++", 16)
+
+
+def test_data_scaling_with_a_horizon() -> None:
+    """Batches are whole micro-batches of rows; the third root of 8 halves the rate."""
+    grown = data_scaling("sambay", 200_000_000_000, horizon=Horizon.BATCH)
+    assert grown.batch == BatchConfig(724, 4)
+    assert grown.optimizer.peak_learning_rate == pytest.approx(4e-4 * (724 / 512) ** 0.5)
+    slow = data_scaling("sambay", 800_000_000_000, horizon=Horizon.RATE)
+    assert slow.batch == BatchConfig(512, 4)
+    assert slow.optimizer.peak_learning_rate == pytest.approx(2e-4)
+    assert slow.optimizer.weight_decay == pytest.approx(0.2)
+    assert slow.optimizer.vector_weight_decay == 0
 
 
 def test_the_baselines_in_other_parametrizations() -> None:

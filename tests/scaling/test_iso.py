@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +162,25 @@ def test_mistakes() -> None:
         same_size("sambay", 8, multiple=0)
     with pytest.raises(ConfigError, match="hidden_size is what is looked for"):
         same_size("sambay", 8, hidden_size=64)
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+def test_the_table_of_the_document() -> None:
+    lines = DOCUMENT.read_text().splitlines()
+    rows = {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 11 and cells[0].strip("`") in UNITS:
+            rows[cells[0].strip("`")] = cells[1:]
+    assert list(rows) == list(UNITS)
+    for name, cells in rows.items():
+        ratio, size = aspect_ratio(name), same_size(name, 16)
+        nominal = nominal_parameters(name, 16)
+        exact = parameter_count(presets.build(name, 16), embeddings=False)
+        assert cells == [
+            UNITS[name], f"{ratio.c2:g}", f"{ratio.c1:g}", f"{ratio.root:.2f}",
+            str(ratio.rounded), str(ratio.published), f"{nominal / 1e6:,.1f}",
+            f"{exact / nominal - 1:+.2%}", f"{size.hidden_size:,}", f"{size.deviation:+.2%}",
+        ]  # fmt: skip

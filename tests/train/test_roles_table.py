@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +90,9 @@ def test_untied_models() -> None:
     assert float(by_role["embedding"]["spread"]) == pytest.approx(1e-4, rel=0.03)
     _, rows, _ = cells(replace(config, init_scheme=InitScheme.STANDARD))
     assert [row["begins as"] for row in rows if row["role"] == "output"] == ["N(0, 0.02)"]
+
+
+def test_the_table_in_the_document() -> None:
+    """Shown is what the command beside it prints."""
+    document = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    assert "\n".join(roles_table(ladder("sambay+da", 8))) in document

@@ -116,8 +116,12 @@ def coefficients(architecture: str) -> tuple[Fraction, Fraction]:
         "G": (2 * memory[0], 2 * memory[1]),
     }
     unit = [mixers[letter] for letter in UNITS[architecture]]
+    none = Fraction(0)
     mlp = 3 * 4
-    return mlp + sum(one[0] for one in unit) / 4, sum(one[1] for one in unit) / 4
+    return (
+        mlp + sum((one[0] for one in unit), none) / 4,
+        sum((one[1] for one in unit), none) / 4,
+    )
 
 
 def nominal_parameters(architecture: str, depth: int) -> int:
@@ -231,7 +235,9 @@ def same_size(
         ConfigError: an architecture that does not exist or cannot be built at this depth (says
             why), or a target below the smallest model.
     """
-    given = {name: value(depth) if callable(value) else value for name, value in fields.items()}
+    given: dict[str, Any] = {
+        name: value(depth) if callable(value) else value for name, value in fields.items()
+    }
     if "hidden_size" in given:
         raise ConfigError("hidden_size is what is looked for; leave it out")
 
