@@ -1,0 +1,1 @@
+"""Studies that train many models: coordinate checks, learning-rate transfer, ladders."""
