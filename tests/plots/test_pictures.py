@@ -46,7 +46,9 @@ def assert_legible(canvas: Canvas) -> None:
 
 
 @pytest.mark.parametrize("depth", [4, 8, 16, 32])
-@pytest.mark.parametrize("name", ["sambay", "transformer++", "samba", "swa+yoco", "sambay-aa"])
+@pytest.mark.parametrize(
+    "name", ["sambay", "transformer++", "samba", "swa+yoco", "sambay-aa", "s-gdny"]
+)
 def test_architecture_of_presets_is_legible(name: str, depth: int) -> None:
     assert_legible(architecture.draw_architecture(presets.build(name, depth), name))
 

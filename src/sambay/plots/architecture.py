@@ -18,7 +18,15 @@ from sambay.plots.canvas import (
     Canvas,
     text_width,
 )  # fmt: skip
-from sambay.spec import LayerKind, LayerSpec, MemorySource, ModelConfig, prefill_split
+from sambay.spec import (
+    GatedMemory,
+    LayerKind,
+    LayerSpec,
+    MemorySource,
+    ModelConfig,
+    RecurrentKind,
+    prefill_split,
+)
 from sambay.spec.footprint import prefill_share
 
 COLOURS = {
@@ -32,15 +40,23 @@ LETTER_COLOURS = {
     LayerKind.SLIDING: COOL,
     LayerKind.GATED_MEMORY: INK,
 }
+RECURRENCES = {
+    RecurrentKind.MAMBA: "Mamba-1",
+    RecurrentKind.MAMBA2: "Mamba-2",
+    RecurrentKind.GATED_DELTA: "Gated DeltaNet",
+}
+SHORT_RECURRENCES = {
+    RecurrentKind.MAMBA: "Mamba",
+    RecurrentKind.MAMBA2: "Mamba-2",
+    RecurrentKind.GATED_DELTA: "GDN",
+}
 SHORT_NAMES = {
-    LayerKind.MAMBA: "Mamba",
     LayerKind.SLIDING: "window",
     LayerKind.FULL: "full",
     LayerKind.GATED_MEMORY: "GMU",
     LayerKind.CROSS: "cross",
 }
 MEMORY_NAMES = {
-    MemorySource.MAMBA: "memory: the scan output of this Mamba layer",
     MemorySource.ATTENTION: "memory: the heads of the full attention layer",
     MemorySource.MLP: "memory: the value half of the full layer's MLP",
 }
@@ -127,9 +143,11 @@ class _Picture:
                 colour=WARM, arrow=True,
             )  # fmt: skip
         sources = {layer.memory_from for layer in self.memory_readers}
-        self._bus_labels(
-            sources, MEMORY_NAMES[self.config.memory_source], "memory", (bus, bus + 0.11), WARM
+        words = MEMORY_NAMES.get(
+            self.config.memory_source,
+            f"memory: the scan output of this {self._short_name(LayerKind.MAMBA)} layer",
         )
+        self._bus_labels(sources, words, "memory", (bus, bus + 0.11), WARM)
 
     def _layers(self) -> None:
         y = self.y(self.tiles_at)
@@ -144,7 +162,14 @@ class _Picture:
             self.canvas.text(x, middle + 0.03, layer.kind.value, size=15, bold=True, colour=ink)
             self.canvas.text(x, y + 0.075, str(layer.index), size=6.5, colour=ink)
             if self.pitch > 0.5:
-                self.canvas.text(x, y - 0.11, SHORT_NAMES[layer.kind], size=8.5)
+                self.canvas.text(x, y - 0.11, self._short_name(layer.kind), size=8.5)
+
+    def _short_name(self, kind: LayerKind) -> str:
+        if kind is LayerKind.MAMBA:
+            return SHORT_RECURRENCES[self.config.recurrent_kind]
+        if kind is LayerKind.GATED_MEMORY and self.config.gated_memory is GatedMemory.NORMALISED:
+            return "nGMU"
+        return SHORT_NAMES[kind]
 
     def _keys_and_values(self) -> None:
         bottom = self.y(self.tiles_at + 0.22)
@@ -253,10 +278,14 @@ class _Picture:
 
     def _legend(self) -> None:
         words = {
-            LayerKind.MAMBA: "Mamba-1",
+            LayerKind.MAMBA: RECURRENCES[self.config.recurrent_kind],
             LayerKind.SLIDING: "sliding window attention",
             LayerKind.FULL: "full attention",
-            LayerKind.GATED_MEMORY: "gated memory unit",
+            LayerKind.GATED_MEMORY: (
+                "normalised GMU"
+                if self.config.gated_memory is GatedMemory.NORMALISED
+                else "gated memory unit"
+            ),
             LayerKind.CROSS: "cross attention",
         }
         used = [kind for kind in LayerKind if any(layer.kind is kind for layer in self.layers)]
