@@ -238,6 +238,16 @@ def test_the_operator_keeps_torchs_rules(complete, backend):
     torch.library.opcheck(operator, leaves)
 
 
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_a_second_derivative_is_refused_rather_than_wrong(backend):
+    inputs = make_inputs(1, 7, 5, 4)
+    x = inputs[0].requires_grad_()
+    (y,) = conv_with(backend)(*inputs)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(BackendUnavailable, match="second derivative; use backend='torch'"):
+        gradient.sum().backward()
+
+
 def test_tensors_the_native_backend_cannot_read_get_torch():
     inputs = make_inputs(2, 7, 5, 4)
     meta = [None if tensor is None else tensor.to("meta") for tensor in inputs]

@@ -44,7 +44,7 @@ def test_autocast_does_not_lower_its_precision(backend):
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def test_the_backward_keeps_one_state_per_chunk_and_nothing_of_the_size_of_a_chunk():
+def test_the_backward_keeps_the_states_between_chunks_and_nothing_else():
     inputs = make_inputs(2, 130, 3, 5, 4)
     kept: list[tuple[int, ...]] = []
 
@@ -55,7 +55,7 @@ def test_the_backward_keeps_one_state_per_chunk_and_nothing_of_the_size_of_a_chu
     leaves = [t.detach().requires_grad_() if t is not None else t for t in inputs]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         scan_with("torch")(*leaves)
-    assert sorted(kept) == sorted([*(t.shape for t in leaves if t is not None), (2, 3, 3, 5, 4)])
+    assert sorted(kept) == sorted([*(t.shape for t in leaves if t is not None), (4, 2, 3, 5, 4)])
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
@@ -63,7 +63,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     x = inputs[0].requires_grad_()
     y, _ = scan_with("torch")(*inputs)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
+    with pytest.raises(BackendUnavailable, match="second derivative; use backend="):
         gradient.sum().backward()
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sambay.ops.native.library import address, kernels, rows_of, sequence
+from sambay.ops.second_derivative import refuse_second_derivative
 
 _INPUTS = "Tensor x, Tensor weight, Tensor bias, Tensor? initial_state, Tensor? resets"
 _library = torch.library.Library("sambay", "FRAGMENT")
@@ -123,15 +124,10 @@ def _differentiate(ctx: Any, dy: Tensor) -> Any:
     return *gradients, None if inputs[3] is None else dinitial, None
 
 
-def _refuse(ctx: Any, *gradients: Tensor | None) -> Any:
-    raise NotImplementedError(
-        "causal_conv's native backend has no second derivative; use backend='torch'"
-    )
-
-
 torch.library.register_autograd(
     "sambay::causal_conv_native", _differentiate, setup_context=_keep, lib=_library
 )
+_refuse = refuse_second_derivative("causal_conv's native backend", "torch")
 torch.library.register_autograd("sambay::causal_conv_native_backward", _refuse, lib=_library)
 _operator = torch.ops.sambay.causal_conv_native.default
 

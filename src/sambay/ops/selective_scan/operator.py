@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sambay.ops.second_derivative import refuse_second_derivative
+
 INPUTS = (
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
     "Tensor? initial_state, Tensor? resets"
@@ -65,11 +67,7 @@ def define(name: str, forward: Forward, backward: Backward, chunk: int) -> Scan:
         f"sambay::{name}", differentiate, setup_context=keep, lib=_library
     )
 
-    def refuse(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise NotImplementedError(
-            "the selective scan's fast backends have no second derivative; use backend='reference'"
-        )
-
+    refuse = refuse_second_derivative("the selective scan's fast backend", "reference")
     torch.library.register_autograd(f"sambay::{name}_backward", refuse, lib=_library)
     operator = getattr(torch.ops.sambay, name).default
 

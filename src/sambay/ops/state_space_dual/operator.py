@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sambay.ops.second_derivative import refuse_second_derivative
+
 INPUTS = (
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
     "Tensor? initial_state, Tensor? resets"
@@ -28,8 +30,8 @@ def define(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A differentiable function of the nine inputs of the scan, giving (y, final state).
 
-    `forward(*inputs, save)` gives (y, final state, saved): the states (B, chunks, H, P, N) before
-    every chunk of tokens if `save`, else nothing.
+    `forward(*inputs, save)` gives (y, final state, saved): the states (chunks + 1, B, H, P, N)
+    before, between and after the chunks of tokens if `save`, else nothing.
     `backward(dy, dfinal, *inputs, saved)` gives the gradients of x, delta, A, B, C, D, delta_bias
     and the initial state (empty without one); dfinal may be None.
     """
@@ -66,11 +68,7 @@ def define(
         f"sambay::{name}", differentiate, setup_context=keep, lib=_library
     )
 
-    def refuse(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise NotImplementedError(
-            "the chunked scan of Mamba-2 has no second derivative; use backend='reference'"
-        )
-
+    refuse = refuse_second_derivative("the chunked scan of Mamba-2", "reference")
     torch.library.register_autograd(f"sambay::{name}_backward", refuse, lib=_library)
     operator = getattr(torch.ops.sambay, name).default
 
@@ -103,11 +101,11 @@ def outputs_for(
     """Uninitialised (y, final state, saved states)."""
     rows, length, heads, channels = x.shape
     state = (heads, channels, B.shape[2])
-    chunks = (length + chunk - 1) // chunk if save else 0
+    borders = (length + chunk - 1) // chunk + 1 if save else 0
     return (
         x.new_empty(x.shape),
         A.new_empty(rows, *state),
-        A.new_empty(rows, chunks, *state),
+        A.new_empty(borders, rows, *state),
     )
 
 
