@@ -102,7 +102,7 @@ class Tokenizer:
             raise DataError(
                 f"tokenizer {path}: {error.strerror}; give a {TOKENIZER_FILE} or its folder"
             ) from error
-        except Exception as error:  # the library knows no narrower one
+        except Exception as error:  # what the library raises is of no narrower type
             reason = str(error).splitlines()[0]
             raise DataError(
                 f"tokenizer {file} cannot be read ({reason}); give a {TOKENIZER_FILE} "

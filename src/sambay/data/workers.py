@@ -129,7 +129,7 @@ def _serve(connection: Connection, work: Callable[..., Any], shared: Any) -> Non
             except SambayError as error:
                 connection.send((type(error), str(error)))
                 return
-            except Exception:
+            except Exception:  # whatever it is, the caller shall know where it came from
                 connection.send((None, traceback.format_exc()))
                 raise
             connection.send(("result", (number, result)))

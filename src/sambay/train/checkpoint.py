@@ -166,7 +166,7 @@ class _Writer(threading.Thread):
     def run(self) -> None:
         try:
             self._store.write(*self._job)
-        except BaseException as error:  # noqa: BLE001 - raised by `wait`, in the main thread
+        except BaseException as error:  # noqa: BLE001 - lost here; `wait` raises it to the run
             self.error = error
         del self._job  # the copies
 

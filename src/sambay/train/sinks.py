@@ -86,7 +86,7 @@ def open_sinks(run: SinkRun) -> dict[str, MetricsSink]:
     for sink in logging.all_sinks:
         try:
             opened[sink.value] = _OPENERS[sink](run)
-        except Exception as error:
+        except Exception as error:  # each tool has errors of its own; all are told in one line
             for other in opened.values():
                 other.close()
             raise SinkFailed(

@@ -250,6 +250,7 @@ class Steps:
         try:
             yield
         except BaseException:
+            # Also an interrupt ends a run. What ended it matters more than a save that fails too.
             with contextlib.suppress(Exception):
                 self.store.wait(seconds=60.0)
             raise
