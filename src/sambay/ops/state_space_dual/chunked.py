@@ -8,10 +8,11 @@ Within a chunk of tokens, and from the state S before it,
 where L is the sum of the log decays dt * A of the chunk up to a token (arXiv 2405.21060, section
 6). Decays appear only as exponentials of differences of L, never as quotients of products, so
 nothing overflows; L is summed in float64, so that a difference of large sums is still right. Only
-the state before each chunk is kept for the backward, which is written by hand.
+the states between chunks are kept for the backward, which is written by hand.
 
 Several chunks, a span, can be computed at once; then only the states go through one after another.
-Inside a span the first dimension is R, a chunk of a row; c is a token of the chunk.
+Inside a span the first dimension is R, the rows of its first chunk before those of the next; c is a
+token of the chunk. S counts the chunks of a span.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class _Span(NamedTuple):
     between: Tensor  # (R, H, c, c): decay from after token s to after token t, zero where s > t
     since: Tensor  # (R, c, H): decay from before the chunk to after a token
     until: Tensor  # (R, c, H): decay from after a token to the end of the chunk
+
+    @property
+    def through(self) -> Tensor:
+        """(R, H): decay over the whole chunk."""
+        return self.since[:, -1]
 
 
 def _span(
@@ -102,12 +108,13 @@ def _chunks_at_once(x: Tensor) -> int:
 
 def _cut(tensor: Tensor, tokens: slice, chunks: int) -> Tensor:
     """(B, T, ...) to (R, c, ...)."""
-    return tensor[:, tokens].unflatten(1, (chunks, -1)).flatten(0, 1)
+    return tensor[:, tokens].unflatten(1, (chunks, -1)).transpose(0, 1).flatten(0, 1)
 
 
 def _paste(values: Tensor, into: Tensor, tokens: slice, chunks: int) -> None:
     """(R, c, ...) to the tokens of (B, T, ...)."""
-    into[:, tokens].unflatten(1, (chunks, -1)).copy_(values.unflatten(0, (-1, chunks)))
+    there = into[:, tokens].unflatten(1, (chunks, -1)).transpose(0, 1)
+    there.copy_(values.unflatten(0, (chunks, -1)))
 
 
 def forward(
@@ -124,29 +131,27 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, final state, saved states), see `operator.define`."""
     y, final_state, saved = outputs_for(x, A, B, CHUNK, save)
-    state_BHPN = torch.zeros_like(final_state) if initial_state is None else initial_state
+    # The states around the chunks of all spans, or of one span after another, in the same memory.
+    states = saved if save else A.new_empty(_chunks_at_once(x) + 1, *final_state.shape)
+    states[0] = 0 if initial_state is None else initial_state
+    last = 0
     for first, tokens, chunks in _spans(x):
         k = _span(tokens, chunks, x, delta, A, B, C, delta_bias, resets)
-        added_RHPN = _outer((k.until * k.dt)[..., None] * k.x, k.B)
-        if save:
-            before_BSHPN = saved[:, first : first + chunks]
-        else:
-            before_BSHPN = added_RHPN.new_empty(len(x), chunks, *final_state.shape[1:])
-        steps = zip(
-            before_BSHPN.unbind(1),
-            _through(k).unflatten(0, (-1, chunks)).unbind(1),
-            added_RHPN.unflatten(0, (-1, chunks)).unbind(1),
-            strict=True,
-        )
-        for before_BHPN, decay_BH, added_BHPN in steps:
-            before_BHPN.copy_(state_BHPN)
-            state_BHPN = added_BHPN.addcmul_(decay_BH[..., None, None], state_BHPN)
+        if not save and last:
+            states[0] = states[last]
+        start = first if save else 0
+        last = start + chunks
+        inputs_RcHP = (k.until * k.dt)[..., None] * k.x
+        _outer(inputs_RcHP, k.B, states[start + 1 : last + 1].flatten(0, 1))
+        decays_SBH = k.through.unflatten(0, (chunks, -1))
+        for index, decay_BH in enumerate(decays_SBH, start):
+            states[index + 1].addcmul_(decay_BH[..., None, None], states[index])
         scores_RHcc = k.between * torch.bmm(k.C, k.B.mT)[:, None]
         y_RHcP = torch.matmul(scores_RHcc, _by_head(k.x, k.dt))
-        y_RcHP = _read(before_BSHPN.flatten(0, 1), k.C).mul_(k.since[..., None])
+        y_RcHP = _read(states[start:last].flatten(0, 1), k.C).mul_(k.since[..., None])
         y_RcHP.add_(y_RHcP.transpose(1, 2)).addcmul_(k.x, D[:, None])
         _paste(y_RcHP, y, tokens, chunks)
-    final_state.copy_(state_BHPN)
+    final_state.copy_(states[last])
     return y, final_state, saved
 
 
@@ -169,26 +174,21 @@ def backward(
     dx, ddelta, dA, dB, dC, dD, dbias, dinitial = gradients
     for total in (dA, dD, dbias):
         total.zero_()
-    dstate_BHPN = torch.zeros_like(saved[:, 0]) if dfinal is None else dfinal
+    dstates = torch.empty_like(saved[: _chunks_at_once(x) + 1])  # around the chunks of a span
+    dstates[0] = 0 if dfinal is None else dfinal
     for first, tokens, chunks in reversed(list(_spans(x))):
         k = _span(tokens, chunks, x, delta, A, B, C, delta_bias, resets)
         dy_RcHP = _cut(dy, tokens, chunks).to(A.dtype)
-        before_RHPN = saved[:, first : first + chunks].flatten(0, 1)
+        before_RHPN = saved[first : first + chunks].flatten(0, 1)
 
         # The states, last chunk first: from dL/dS behind a chunk to the one before it.
-        through_RH = _through(k)
+        dstates[chunks] = dstates[0]
         dyd_RcHP = dy_RcHP * k.since[..., None]
-        dbefore_RHPN = _outer(dyd_RcHP, k.C)
-        dafter_RHPN = torch.empty_like(dbefore_RHPN)
-        steps = zip(
-            dafter_RHPN.unflatten(0, (-1, chunks)).unbind(1),
-            through_RH.unflatten(0, (-1, chunks)).unbind(1),
-            dbefore_RHPN.unflatten(0, (-1, chunks)).unbind(1),
-            strict=True,
-        )
-        for after_BHPN, decay_BH, before_BHPN in reversed(list(steps)):
-            after_BHPN.copy_(dstate_BHPN)
-            dstate_BHPN = before_BHPN.addcmul_(decay_BH[..., None, None], dstate_BHPN)
+        _outer(dyd_RcHP, k.C, dstates[:chunks].flatten(0, 1))
+        decays_SBH = k.through.unflatten(0, (chunks, -1))
+        for index in reversed(range(chunks)):
+            dstates[index].addcmul_(decays_SBH[index, ..., None, None], dstates[index + 1])
+        dafter_RHPN = dstates[1 : chunks + 1].flatten(0, 1)
 
         # Within the chunks. `between` becomes the gradient of its own logarithm.
         u_RHcP, dy_RHcP = _by_head(k.x, k.dt), dy_RcHP.transpose(1, 2).contiguous()
@@ -202,7 +202,7 @@ def backward(
         du_RcHP = _read(dafter_RHPN, k.B).mul_(k.until[..., None])
         to_end_RcH = (du_RcHP * k.x).sum(-1).mul_(k.dt)  # gradient of the logarithm of `until`
         from_start_RcH = (_read(before_RHPN, k.C) * dyd_RcHP).sum(-1)  # ... and of `since`
-        whole_RH = (dafter_RHPN * before_RHPN).sum((-2, -1)).mul_(through_RH)  # ... of both
+        whole_RH = _dot(dafter_RHPN, before_RHPN).mul_(k.through)  # ... of both
         # A token's decay lies on the way to the end for those before it, and on the way from the
         # start for itself and those behind it.
         da_RcH[:, 1:] += to_end_RcH.cumsum(1)[:, :-1]
@@ -226,13 +226,8 @@ def backward(
         for values, gradient in ((dx_RcHP, dx), (dz_RcH, ddelta), (dB_RcN, dB), (dC_RcN, dC)):
             _paste(values, gradient, tokens, chunks)
     if dinitial.numel():
-        dinitial.copy_(dstate_BHPN)
+        dinitial.copy_(dstates[0])
     return gradients
-
-
-def _through(k: _Span) -> Tensor:
-    """The decay of a state over each chunk, (R, H)."""
-    return k.since[:, -1]
 
 
 def _by_head(x_RcHP: Tensor, scale_RcH: Tensor) -> Tensor:
@@ -242,10 +237,15 @@ def _by_head(x_RcHP: Tensor, scale_RcH: Tensor) -> Tensor:
     return torch.mul(x_RcHP.transpose(1, 2), scale_RcH.transpose(1, 2)[..., None], out=scaled)
 
 
-def _outer(values_RcHP: Tensor, weights_RcN: Tensor) -> Tensor:
-    """The sum over a chunk's tokens of their outer products, (R, H, P, N)."""
-    summed = torch.bmm(values_RcHP.flatten(2).mT, weights_RcN)
-    return summed.unflatten(1, values_RcHP.shape[2:])
+def _outer(values_RcHP: Tensor, weights_RcN: Tensor, into_RHPN: Tensor) -> None:
+    """Write the sum over a chunk's tokens of their outer products."""
+    torch.bmm(values_RcHP.flatten(2).mT, weights_RcN, out=into_RHPN.flatten(1, 2))
+
+
+def _dot(a_RHPN: Tensor, b_RHPN: Tensor) -> Tensor:
+    """The sum over P and N of a * b, (R, H), without their product in memory."""
+    a, b = a_RHPN.flatten(0, 1).flatten(1), b_RHPN.flatten(0, 1).flatten(1)
+    return torch.bmm(a[:, None], b[..., None]).view(a_RHPN.shape[:2])
 
 
 def _read(state_RHPN: Tensor, weights_RcN: Tensor) -> Tensor:
