@@ -50,8 +50,9 @@ def dtypes(model: nn.Module) -> dict[str, set[torch.dtype]]:
     return found
 
 
-def require_guarded(model: nn.Module, dtype: torch.dtype) -> None:
-    assert dtypes(model) == {"guarded": {torch.float32}, "others": {dtype}}
+def guarded(dtype: torch.dtype) -> dict[str, set[torch.dtype]]:
+    """The `dtypes` of a model in this dtype."""
+    return {"guarded": {torch.float32}, "others": {dtype}}
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -153,7 +154,7 @@ def test_all_official_tensors_there_and_back(dtype: torch.dtype, tmp_path: Path)
     model, info = told
     assert type(model) is Phi4FlashForCausalLM
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    require_guarded(model, dtype)
+    assert dtypes(model) == guarded(dtype)
     loaded = model.state_dict()
     for name, tensor in native.state_dict().items():
         assert torch.equal(loaded[stored_name(name)], tensor), name
@@ -195,14 +196,13 @@ def test_dtype_arguments(name: str, tmp_path: Path) -> None:
     )
     for options in spellings:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
-        require_guarded(loaded, torch.bfloat16)
+        assert dtypes(loaded) == guarded(torch.bfloat16)
         assert loaded.dtype is torch.bfloat16
-    require_guarded(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), torch.float32)
+    read = AutoModelForCausalLM.from_pretrained
+    assert dtypes(read(tmp_path, dtype="auto")) == guarded(torch.float32)
     loaded.save_pretrained(tmp_path)
-    require_guarded(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"), torch.bfloat16)
-    require_guarded(
-        AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), torch.float32
-    )
+    assert dtypes(read(tmp_path, dtype="auto")) == guarded(torch.bfloat16)
+    assert dtypes(read(tmp_path, dtype=torch.float32)) == guarded(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["sambay+da", OFFICIAL])
@@ -215,17 +215,17 @@ def test_casts_leave_the_recurrence_in_float32(name: str, tmp_path: Path) -> Non
     ):
         native, model = fresh_pair(name)
         model = cast(model)
-        require_guarded(model, dtype)
+        assert dtypes(model) == guarded(dtype)
         values = dict(model.named_parameters())
         for key, parameter in native.named_parameters():
             if key.rsplit(".", 1)[-1] in FLOAT32:
                 assert torch.equal(values[stored_name(key)], parameter), f"{key} was rounded"
     _, model = fresh_pair(name)
     model = accelerate.dispatch_model(model.bfloat16(), {"": "cpu"}, force_hooks=True)
-    require_guarded(model, torch.bfloat16)
+    assert dtypes(model) == guarded(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(model(random_ids(1, 5)).logits).all()
-    require_guarded(model, torch.bfloat16)
+    assert dtypes(model) == guarded(torch.bfloat16)
 
 
 def test_built_in_a_dtype() -> None:
@@ -233,9 +233,8 @@ def test_built_in_a_dtype() -> None:
         SambaYConfig.from_model_config(tiny_config("sambay+da")),
         pair(OFFICIAL)[1].config,
     ):
-        require_guarded(
-            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        assert dtypes(model) == guarded(torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["sambay", "mambay", OFFICIAL])
@@ -265,7 +264,7 @@ def test_device_maps(device_map: Any, tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path, device_map=device_map, low_cpu_mem_usage=True, dtype=torch.bfloat16
     )
-    require_guarded(loaded, torch.bfloat16)
+    assert dtypes(loaded) == guarded(torch.bfloat16)
     assert loaded.generate(random_ids(1, 4), max_new_tokens=3, eos_token_id=None).shape == (1, 7)
 
 

@@ -7,6 +7,7 @@ skips by itself, with its own reason.
 
 from __future__ import annotations
 
+import abc
 import unittest
 import unittest.mock
 from typing import Any
@@ -46,7 +47,7 @@ SKIPPED: dict[str, str] = {
 }
 
 
-class SmallModel:
+class SmallModel(abc.ABC):
     """What the mixins ask about a model: a small configuration, and inputs for it."""
 
     batch_size, seq_length, is_training = 3, 7, True
@@ -55,8 +56,9 @@ class SmallModel:
     def __init__(self, case: unittest.TestCase) -> None:
         self.parent = case
 
+    @abc.abstractmethod
     def get_config(self) -> Any:
-        raise NotImplementedError
+        """A configuration of the smallest model that has every kind of layer."""
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Tensor]]:
         shape = (self.batch_size, self.seq_length)
@@ -142,11 +144,14 @@ class Phi4FlashTest(Suite, unittest.TestCase):
 
     def test_batching_equivalence(self) -> None:
         """With the epsilon of the official class, which the mixin would make larger."""
-        with unittest.mock.patch.object(SUITE, "set_config_for_less_flaky_test"):
+        with unittest.mock.patch.object(SUITE, "set_config_for_less_flaky_test") as made_larger:
             super().test_batching_equivalence()
+        assert made_larger.called, "the mixin leaves the epsilon alone: this override can go"
 
     def test_reverse_loading_mapping(self) -> None:
         """The official names begin with "model.", which a base model alone does not have."""
+        base = Phi4FlashModel(self.model_tester.get_config())
+        assert not any(name.startswith("model.") for name in base.state_dict())
         super().test_reverse_loading_mapping(skip_base_model=True)
 
 

@@ -18,7 +18,7 @@ def inputs(B: int, H: int, K: int, T: int, S: int, P: int = 6, dtype=torch.float
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def compare(tensors: list[Tensor], rtol: float = 1e-9, **call: Any) -> None:
+def assert_equals_definition(tensors: list[Tensor], rtol: float = 1e-9, **call: Any) -> None:
     fast = attention(*tensors, scale=0.3, **call)
     slow = attention(*tensors, scale=0.3, backend="reference", **call)
     weights = torch.randn_like(slow)
@@ -37,19 +37,19 @@ CASES = list(itertools.product((1, 2, 7, 33, 100, 300), (0, 5), (None, 1, 5, 64,
 def test_routes_equal_the_definition(T: int, cached: int, window: int | None, padded: bool) -> None:
     S = T + cached
     starts = torch.tensor([0, min(3, S - 1)]) if padded else None
-    compare(inputs(2, 6, 3, T, S), window=window, starts_B=starts)
+    assert_equals_definition(inputs(2, 6, 3, T, S), window=window, starts_B=starts)
 
 
 @pytest.mark.parametrize("T", [2, 33, 300])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 def test_segments_equal_the_definition(T: int, window: int | None) -> None:
     segments = torch.randint(0, 4, (2, T)).sort(dim=1).values.int()
-    compare(inputs(2, 4, 2, T, T), window=window, segments_BT=segments)
+    assert_equals_definition(inputs(2, 4, 2, T, T), window=window, segments_BT=segments)
 
 
 @pytest.mark.parametrize(("H", "K"), [(1, 1), (6, 6), (6, 1), (8, 2)])
 def test_head_groups(H: int, K: int) -> None:
-    compare(inputs(1, H, K, 9, 9), window=4)
+    assert_equals_definition(inputs(1, H, K, 9, 9), window=4)
 
 
 @pytest.mark.parametrize("window", [None, 7])
