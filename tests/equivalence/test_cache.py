@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sambay.errors import ConfigError
 from sambay.model import LanguageModel, ModelCache
-from tests.tiny import NAMES, allocate, random_ids, tiny_model
+from tests.tiny import FAMILY, allocate, random_ids, tiny_model
 
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-7, atol=1e-9)
 
@@ -30,7 +30,7 @@ def cut(length: int, rng: random.Random) -> list[int]:
     return borders
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @torch.no_grad()
 def test_chunks_and_steps_equal_the_plain_forward(name: str, seed: int) -> None:
@@ -53,7 +53,7 @@ def test_chunks_and_steps_equal_the_plain_forward(name: str, seed: int) -> None:
     assert cache.length == length
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 29])
 @torch.no_grad()
 def test_last_column_only_equals_the_full_forward(name: str, length: int) -> None:
@@ -64,7 +64,7 @@ def test_last_column_only_equals_the_full_forward(name: str, length: int) -> Non
     assert_close(last, model(ids)[:, -1:])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 @torch.no_grad()
 def test_fast_prefill_then_decode_equals_the_plain_forward(name: str) -> None:
     """Chunks that only advance the state, then the last column, then single steps."""

@@ -12,12 +12,12 @@ from sambay.data.batches import IGNORE, Batch, read_batch
 from sambay.data.packing import PackedRows
 from sambay.model import LanguageModel
 from sambay.spec.model_config import Position
-from tests.tiny import NAMES, VOCAB, random_ids, tiny_model
+from tests.tiny import FAMILY, VOCAB, random_ids, tiny_model
 
 LENGTHS = (1, 7, 2, 11, 4)  # a document of one token, of less than the convolution, over a window
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_documents_of_a_row_do_not_see_each_other(name: str) -> None:
     model = tiny_model(name, position="none")  # rotation counts columns of the row, see below
     documents = [random_ids(1, length, seed) for seed, length in enumerate(LENGTHS)]
@@ -107,7 +107,7 @@ def assert_same_loss_and_gradients(
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance["rtol"] * scale, msg=path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_the_loss_of_a_window_is_that_of_its_documents_alone(name: str) -> None:
     """Windows cut documents anywhere; one ends exactly at the edge, one has a single token."""
     model, length = tiny_model(name), 18
@@ -121,7 +121,7 @@ def test_the_loss_of_a_window_is_that_of_its_documents_alone(name: str) -> None:
     assert_same_loss_and_gradients(model, losses(model, batch), alone(model, pieces))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_the_loss_of_whole_documents_in_rows_is_theirs_alone(name: str) -> None:
     model, length = tiny_model(name), 18
     texts: Any = Texts((3, 1, 12, 7, 18, 2, 5, 40))

@@ -13,10 +13,10 @@ from sambay.model import LanguageModel, initialise
 from sambay.model.roles import parameter_roles
 from sambay.ops.causal_conv import causal_conv
 from sambay.ops.selective_scan import selective_scan
-from tests.tiny import NAMES, random_ids, tiny_config, tiny_model
+from tests.tiny import FAMILY, random_ids, tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 @torch.no_grad()
 def test_the_past_does_not_know_the_future(name: str) -> None:
     model = tiny_model(name)
@@ -28,7 +28,7 @@ def test_the_past_does_not_know_the_future(name: str) -> None:
     assert not torch.allclose(before[:, 13:], after[:, 13:])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_no_output_depends_on_a_later_input(name: str) -> None:
     model = tiny_model(name)
     embedded = []
@@ -39,7 +39,7 @@ def test_no_output_depends_on_a_later_input(name: str) -> None:
     assert grad[:, 9].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = tiny_model(name)
     model(random_ids(2, 12)).square().sum().backward()
@@ -48,7 +48,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
         assert parameter.grad.abs().max() > 0, path
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_recomputing_blocks_changes_nothing(name: str) -> None:
     model, ids = tiny_model(name), random_ids(2, 12)
     grads = []
@@ -111,8 +111,19 @@ def test_the_memory_is_the_scan_output_with_skip_before_the_gate() -> None:
     torch.testing.assert_close(out, mixer.out_proj(y * torch.nn.functional.silu(z)))
 
 
+def test_a_normalised_unit_gates_first_and_norms_the_whole_memory() -> None:
+    unit = tiny_model("gdny").blocks[6].mixer
+    x, memory = torch.randn(2, 9, 36).double(), torch.randn(2, 11, 15).double()
+    out, shared = unit(x, BatchContext(0, 9), SharedStates(memory=memory), None)
+    gated = torch.nn.functional.silu(unit.in_proj(x)) * memory[:, 2:]
+    scale = (gated.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(out, (gated * scale * unit.norm.weight) @ unit.out_proj.weight.T)
+    assert shared.memory is memory
+
+
 @pytest.mark.parametrize(
-    ("name", "publisher"), [("sambay", 4), ("sambay-a", 5), ("sambay-aa", 5), ("sambay-mlp", 5)]
+    ("name", "publisher"),
+    [("sambay", 4), ("gdny", 4), ("sambay-a", 5), ("sambay-aa", 5), ("sambay-mlp", 5)],
 )
 def test_only_the_named_layer_publishes_memory(name: str, publisher: int) -> None:
     model = tiny_model(name)
@@ -147,7 +158,7 @@ def test_ssm_parameters_stay_float32_bit_for_bit(cast) -> None:
             assert parameter.dtype.itemsize == 2, name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("fields", [{}, {"norm": "layer", "attention_bias": True}])
 def test_every_parameter_has_a_role(name: str, fields: dict) -> None:
     model = LanguageModel(tiny_config(name, tie_embeddings=False, **fields))
@@ -233,6 +244,25 @@ class TestInitialisation:
         assert dt.max() <= 0.101
         assert dt.log().mean().item() == pytest.approx(-4.6, abs=0.2)  # log-uniform
         assert mixer.conv_weight.abs().max() <= 0.5
+
+    @pytest.mark.parametrize(
+        ("name", "least", "mean"), [("sambay-2", 1.0, 8.5), ("gdny", 0.0, 8.0)]
+    )
+    def test_decay_rates_of_heads_are_uniform(self, name: str, least: float, mean: float) -> None:
+        config = tiny_config(name, layer_pattern="M F G", recurrent_heads=3000)
+        model = LanguageModel(config)
+        initialise(model)
+        mixer = model.blocks[0].mixer
+        rates = mixer.A_log.exp()
+        assert max(least, 0.99e-4) <= rates.min() < least + 0.1
+        assert 15.9 < rates.max() <= 16.001
+        assert rates.mean().item() == pytest.approx(mean, rel=0.02)
+        dt = torch.nn.functional.softplus(mixer.dt_bias)
+        assert 0.99e-3 <= dt.min() < 1.1e-3
+        assert 0.09 < dt.max() <= 0.101
+        assert 0.4 < mixer.conv_weight.abs().max() <= 0.5
+        assert torch.equal(mixer.norm.weight, torch.ones(15_000))
+        assert torch.equal(model.blocks[2].mixer.norm.weight, torch.ones(15_000))
 
     def test_unknown_scheme(self) -> None:
         with pytest.raises(ConfigError, match="did you mean 'standard'"):

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sambay.model import LanguageModel, ModelCache
 from sambay.spec import ModelConfig, footprint, presets
-from tests.tiny import NAMES, random_ids, tiny_config, tiny_model
+from tests.tiny import FAMILY, random_ids, tiny_config, tiny_model
 
 # Exact counts of the released layer pattern at depth 16, tied embeddings counted once, in millions.
 MILLIONS_AT_16 = {
@@ -111,7 +111,7 @@ def test_every_preset_has_its_published_pattern() -> None:
     assert presets.phi4_mini_flash().layer_pattern == "8x(M S) M F 7x(G C)"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", presets.NAMES)
 @pytest.mark.parametrize(
     "fields", [{}, {"norm": "layer", "attention_bias": True}, {"tie_embeddings": False}]
 )
@@ -120,7 +120,7 @@ def test_arithmetic_equals_modules(name: str, fields: dict) -> None:
     assert count(config) == footprint.parameter_count(config)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", presets.NAMES)
 @pytest.mark.parametrize("length", [3, 5, 64])
 def test_cache_bytes_equal_buffers(name: str, length: int) -> None:
     config = tiny_config(name)
@@ -157,7 +157,7 @@ def test_visible_pairs_by_counting(tokens: int, window: int | None) -> None:
     assert footprint.visible_pairs(tokens, window) == len(pairs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_training_flops_of_matrix_products_equal_those_that_torch_counts(name: str) -> None:
     tokens = 9
     for tied in (True, False):

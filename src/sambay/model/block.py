@@ -7,20 +7,31 @@ from torch import Tensor, nn
 
 from sambay.layers.attention import CrossAttention, SelfAttention
 from sambay.layers.context import BatchContext, SharedStates
+from sambay.layers.gated_delta import GatedDelta
 from sambay.layers.gated_memory import GatedMemoryUnit
 from sambay.layers.mamba import Mamba
+from sambay.layers.mamba2 import Mamba2
 from sambay.layers.mlp import SwiGLU
 from sambay.layers.norm import make_norm
 from sambay.layers.state import LayerState
-from sambay.spec import LayerKind, LayerSpec, ModelConfig
+from sambay.spec import LayerKind, LayerSpec, ModelConfig, RecurrentKind
 
+RECURRENCES: dict[RecurrentKind, type[nn.Module]] = {
+    RecurrentKind.MAMBA: Mamba,
+    RecurrentKind.MAMBA2: Mamba2,
+    RecurrentKind.GATED_DELTA: GatedDelta,
+}
 MIXERS: dict[LayerKind, type[nn.Module]] = {
-    LayerKind.MAMBA: Mamba,
     LayerKind.SLIDING: SelfAttention,
     LayerKind.FULL: SelfAttention,
     LayerKind.GATED_MEMORY: GatedMemoryUnit,
     LayerKind.CROSS: CrossAttention,
 }
+
+
+def mixer_class(config: ModelConfig, kind: LayerKind) -> type[nn.Module]:
+    """The class of the mixers of a kind of layer."""
+    return RECURRENCES[config.recurrent_kind] if kind is LayerKind.MAMBA else MIXERS[kind]
 
 
 class Block(nn.Module):
@@ -29,7 +40,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
         self.mixer_norm = make_norm(config)
-        self.mixer = MIXERS[layer.kind](config, layer)
+        self.mixer = mixer_class(config, layer.kind)(config, layer)
         self.mlp_norm = make_norm(config)
         self.mlp = SwiGLU(config, layer)
         self.residual_multiplier = config.residual_multiplier

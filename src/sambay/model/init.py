@@ -11,7 +11,9 @@ The same under every scheme:
 
 | convolution, weight and bias | U(+-1/sqrt(d_conv))                                         |
 | dt bias                      | softplus inverse of exp(U(ln 0.001, ln 0.1)), at least 1e-4 |
-| A_log, D                     | ln(1..N) in every row (S4D-real), 1                         |
+| A_log of Mamba, D            | ln(1..N) in every row (S4D-real), 1                         |
+| A_log of Mamba-2             | ln(U(1, 16)), a decay per head                              |
+| A_log of Gated DeltaNet      | ln(U(0, 16)), not below ln(1e-4)                            |
 | differential lambdas         | N(0, 0.1)                                                   |
 | norms, linear biases         | 1 (bias 0), 0                                               |
 
@@ -31,8 +33,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sambay.layers.attention import DifferentialMaps
+from sambay.layers.gated_delta import GatedDelta
 from sambay.layers.mamba import Mamba
-from sambay.layers.norm import LayerNorm, RMSNorm
+from sambay.layers.mamba2 import Mamba2
+from sambay.layers.norm import GatedRMSNorm, LayerNorm, RMSNorm
 from sambay.layers.projection import ResidualProjection
 from sambay.spec import InitScheme, ModelConfig
 
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from sambay.model.model import LanguageModel
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+RATE_MAX, RATE_FLOOR = 16.0, 1e-4  # of decay, per head; a head that never forgets has no A_log
 
 Fill = Callable[[Tensor, Generator], object]
 
@@ -122,13 +127,27 @@ def module_fills(
                 (module.A_log, _s4d_real),
                 (module.D, _constant(1.0)),
             ]
+        case Mamba2():
+            fills = [
+                (module.conv_weight, _uniform(config.d_conv)),
+                (module.conv_bias, _uniform(config.d_conv)),
+                (module.dt_bias, _time_step_bias),
+                (module.A_log, _decay_rate(1.0)),
+                (module.D, _constant(1.0)),
+            ]
+        case GatedDelta():
+            fills = [
+                (module.conv_weight, _uniform(config.d_conv)),
+                (module.dt_bias, _time_step_bias),
+                (module.A_log, _decay_rate(0.0)),
+            ]
         case DifferentialMaps():
             fills = [(getattr(module, name), _normal(0.1)) for name in module.float32_parameters]
             fills.append((module.norm_weight, _constant(1.0)))
         case nn.Linear():
             factor = into_residual if isinstance(module, ResidualProjection) else 1.0
             fills = [(module.weight, _matrix(scheme, factor)), (module.bias, _constant(0.0))]
-        case RMSNorm():
+        case RMSNorm() | GatedRMSNorm():
             fills = [(module.weight, _constant(1.0))]
         case LayerNorm():
             fills = [(module.weight, _constant(1.0)), (module.bias, _constant(0.0))]
@@ -164,6 +183,15 @@ def _time_step_bias(value: Tensor, generator: Generator) -> None:
     value.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator)
     value.exp_().clamp_(min=DT_FLOOR)
     value.copy_(value + torch.log(-torch.expm1(-value)))
+
+
+def _decay_rate(least: float) -> Fill:
+    """The logarithm of a rate that is uniform between `least` and RATE_MAX."""
+
+    def fill(value: Tensor, generator: Generator) -> None:
+        value.uniform_(least, RATE_MAX, generator=generator).clamp_(min=RATE_FLOOR).log_()
+
+    return fill
 
 
 def _s4d_real(value: Tensor, generator: Generator) -> None:

@@ -282,7 +282,7 @@ class _Picture:
             LayerKind.SLIDING: "sliding window attention",
             LayerKind.FULL: "full attention",
             LayerKind.GATED_MEMORY: (
-                "normalised GMU"
+                "nGMU"
                 if self.config.gated_memory is GatedMemory.NORMALISED
                 else "gated memory unit"
             ),

@@ -134,8 +134,8 @@ def forward_flops(config: ModelConfig, tokens: int, *, last_only: bool = False) 
     """Floating-point operations of the matrix products of one row's forward over `tokens`.
 
     Projections and head (2 per parameter and token) and the visible pairs of attention; elementwise
-    work, the convolution and the recurrence are left out (`flops.forward` has them). With `last_only` the prefill that returns the
-    logits of the last token.
+    work, the convolution and the recurrence are left out; `spec.flops` has the latter two. With
+    `last_only` the prefill that returns the logits of the last token.
     """
     split = prefill_split(config.layers) if last_only else config.num_layers
     pair_flops = 4 * config.attention_size
