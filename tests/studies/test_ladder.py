@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from sambay.data.manifest import Manifest
 from sambay.errors import ConfigError, DataError
 from sambay.files import write_json
 from sambay.spec import presets
-from sambay.studies import queue
+from sambay.studies import queue, worker
 from sambay.studies.ladder import Outcome, Runner
 from sambay.studies.ledger import Ledger
 from sambay.studies.members import Member, Order, expand, in_order, run_flops
@@ -43,6 +44,7 @@ from sambay.train.config import (
 )
 from sambay.train.loop import train
 from sambay.train.metrics import read_metrics
+from sambay.train.resilience import TrainingDiverged
 from sambay.train.run_dir import claimed
 from tests.studies import pretend_worker
 from tests.train.conftest import make_data
@@ -411,6 +413,56 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, build: Build) -> None:
         slots(["gpu"], 1, None)
 
 
+# The process of a run
+
+
+def test_the_worker_trains_and_says_how_it_ended(
+    build: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(worker, "_stop_at_end_of_input", lambda: None)
+
+    def ends_with(line: str) -> int:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BytesIO(line.encode())))
+        return worker.main([str(tmp_path / "run")])
+
+    config = build("sambay", 8, 1)
+    assert ends_with(json.dumps(config.to_dict())) == 0
+    assert result_of(tmp_path / "run", config) is not None
+    other = replace(config, seed=2)
+    assert ends_with(json.dumps(other.to_dict())) == worker.REFUSED
+    assert "error: seed = 2" in capsys.readouterr().err
+
+    def diverge(*_: Any, **__: Any) -> None:
+        raise TrainingDiverged("step 3")
+
+    monkeypatch.setattr("sambay.train.loop.train", diverge)
+    assert ends_with(json.dumps(config.to_dict())) == worker.DIVERGED
+
+
+def test_a_worker_ends_with_whoever_started_it() -> None:
+    code = (
+        "import sys, time, threading\n"
+        "from sambay.studies import worker\n"
+        "sys.stdin.buffer.readline()\n"
+        "threading.Thread(target=worker._stop_at_end_of_input, daemon=True).start()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"{}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"ready\n"
+        process.stdin.close()
+        assert process.wait() == -signal.SIGTERM
+
+
 # The command
 
 
@@ -461,6 +513,7 @@ def test_the_command(
         (["--architectures", "sambai"], "preset 'sambai' does not exist"),
         (["stepz=4"], "has no argument 'stepz' (did you mean 'steps'?)"),
         (["--seeds", "-1"], "--seeds"),
+        (["--minutes", "0"], "--minutes = 0; it must be greater than 0"),
     ],
 )
 def test_mistakes(

@@ -19,7 +19,7 @@ from typing import TextIO
 from sambay.errors import ConfigError
 from sambay.files import WriteFailed
 from sambay.studies.members import Member
-from sambay.studies.worker import DIVERGED, REFUSED
+from sambay.studies.worker import DIVERGED, ERROR, REFUSED
 from sambay.train.config import Device, RunConfig
 from sambay.train.run_dir import LOCK
 
@@ -191,9 +191,13 @@ class Worker:
             self.process.wait(seconds)
 
     def _last_words(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.strip()]
-        return said[-1].removeprefix("error: ") if said else "it ended without a word"
+        """The last error it reported; of a bug in it the last line of its traceback."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        said = [line for line in text.splitlines() if line.strip()]
+        errors = [line for line in said if line.startswith(ERROR)]
+        if self.process.returncode in (DIVERGED, REFUSED) and errors:
+            return errors[-1].removeprefix(ERROR)
+        return said[-1] if said else "it ended without a word"
 
 
 def stop_all(workers: Sequence[Worker], seconds: float) -> None:

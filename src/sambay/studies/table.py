@@ -23,6 +23,7 @@ from sambay.train.display import duration
 
 TABLE, PAGE, LOCK = "table.json", "table.md", ".table.lock"
 FORMAT_VERSION = 1
+_SORTED_BY = ("architecture", "depth", "seed")
 Row = dict[str, Any]
 
 
@@ -38,6 +39,7 @@ def read_table(out: Path) -> dict[str, Row]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version, rows = values["format_version"], {row["name"]: row for row in values["runs"]}
+        _ = [row[name] for row in rows.values() for name in (*_SORTED_BY, "state", "reason")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is damaged ({error}); remove it, the runs themselves are not in it"

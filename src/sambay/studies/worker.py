@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 DIVERGED, REFUSED = 3, 2  # exit codes; 128 + signal number for a run that was stopped
+ERROR = "error: "
 
 
 def main(words: list[str]) -> int:
@@ -32,7 +33,7 @@ def main(words: list[str]) -> int:
         config = RunConfig.from_dict(json.loads(line))
         outcome = train(config, Path(words[0]), display=Display(line_seconds=60.0))
     except SambayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{ERROR}{error}", file=sys.stderr)
         return DIVERGED if isinstance(error, TrainingDiverged) else REFUSED
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 

@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The exit code: 0 when all runs are done; others as the help says."""
     from sambay.cli.overrides import parse_value
+    from sambay.errors import ConfigError
     from sambay.studies.members import Order, expand
     from sambay.studies.queue import slots
 
@@ -90,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
     devices = [one.strip() for one in args.devices.split(",") if one.strip()]
     build, lists = _plan(args)
     members = expand(build, *lists)
-    minutes = None if args.minutes is None else parse_value("--minutes", args.minutes, float)
+    minutes = parse_value("--minutes", args.minutes or "None", float | None)
+    if minutes is not None and minutes <= 0:
+        raise ConfigError(f"--minutes = {minutes:g}; it must be greater than 0")
     if args.threads is not None:
         threads = _positive("--threads", args.threads)
     else:
