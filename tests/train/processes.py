@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 120.0
+TIMEOUT = 240.0  # a machine may have other things to do
 # Imported before the fork, so that not every process has to.
 _SHARED = (
     "torch.distributed.checkpoint",
@@ -32,9 +33,15 @@ class Ended:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port for the processes to meet at, below those a system gives away by itself.
+
+    One of the latter could be given to another connection before the first process listens on it.
+    """
+    for port in random.Random(os.urandom(8)).sample(range(10_000, 32_000), 50):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise OSError("no free port")
 
 
 def start(count: int, action: Callable[[], Any], folder: Path) -> list[int]:

@@ -34,6 +34,7 @@ from sambay.train.loop import train
 from sambay.train.metrics import read_metrics
 from sambay.train.resilience import TrainingDiverged
 from sambay.train.run_dir import claimed
+from sambay.train.watchdog import Watchdog
 from tests.train.conftest import SEQUENCE
 from tests.train.processes import Ended, finish, start, together
 from tests.train.test_resume import StopAt, assert_same_run, lines
@@ -71,22 +72,37 @@ def ended(config: RunConfig, run_dir: Path, **options: Any) -> list[Ended]:
 
 @pytest.mark.parametrize("moments", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_kill_9_of_one_process_at_random_moments(
-    moments: int, make: MakeConfig, tmp_path: Path
+    moments: int, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No run gets to its end before, however long this process is kept from killing it."""
+    plain = BatchSource.batch
+
+    def waiting_after(last: int, sign: Path) -> Callable[..., Any]:
+        def batch(self: BatchSource, step: int, rows: slice) -> Any:
+            while step >= last and not sign.exists():
+                time.sleep(0.005)
+            return plain(self, step, rows)
+
+        return batch
+
     config = make(steps=3 * moments + 4, checkpoint=CheckpointConfig(1, keep=2))
     killed, answers = tmp_path / "killed", tmp_path / "answers"
     store = CheckpointStore(killed, config.checkpoint)
     generator = random.Random(moments)
     for _ in range(moments):
         reached = max(store.steps(), default=0)
-        children = start(2, lambda: train(config, killed), answers)
-        deadline = time.monotonic() + 60
+        killing = tmp_path / f"killed after {reached}"
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchSource, "batch", waiting_after(reached + 3, killing))
+            children = start(2, lambda: train(config, killed), answers)
+        deadline = time.monotonic() + 200
         while max(store.steps(), default=0) < reached + 1:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(generator.random() * 0.3)
         victim = generator.randrange(2)
         os.kill(children[victim], signal.SIGKILL)
+        killing.touch()
         both = finish(children, answers)
         assert os.WTERMSIG(both[victim].status) == signal.SIGKILL
         assert "LostConnection" in str(both[1 - victim].error), both[1 - victim].error
@@ -268,15 +284,23 @@ def test_a_full_disk_under_one_process_stops_all_and_leaves_the_last_checkpoint(
 def test_a_process_that_stands_still_is_named(
     how: str, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = BatchSource.batch
+    plain, start_watching = BatchSource.batch, Watchdog.__enter__
+    entered: list[Watchdog] = []
+
+    def enter(self: Watchdog) -> Watchdog:
+        entered.append(self)
+        return self
 
     def stuck(self: BatchSource, step: int, rows: slice) -> Any:
+        if step == 2:  # not before: on a busy machine a first step may take longer than two seconds
+            start_watching(entered[0])
         if is_rank(1) and step == 2:
             if how == "frozen":
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(100)
         return plain(self, step, rows)
 
+    monkeypatch.setattr(Watchdog, "__enter__", enter)
     monkeypatch.setattr(BatchSource, "batch", stuck)
     config = make(resilience=ResilienceConfig(hang_seconds=2.0))
     errors = tmp_path / "errors"
