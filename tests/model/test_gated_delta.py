@@ -174,4 +174,4 @@ def test_bfloat16_keeps_the_rates_of_decay_in_float32_and_stays_close():
     assert kept == {"A_log", "dt_bias"}
     assert actual.dtype == torch.bfloat16
     # Short keys before their normalisation lose more than others, so single numbers may be off.
-    assert (actual.float() - expected).norm() < 0.03 * expected.norm()
+    assert (actual.float() - expected).norm() < 0.06 * expected.norm()

@@ -31,7 +31,10 @@ from torch.nn.functional import pad
 
 from sambay.ops.gated_delta.operator import define
 
-CHUNK = 64  # for large heads: the most tokens in a chunk
+# The most tokens in a chunk, for keys of at most so many elements: where reading the state costs
+# little, pairs of tokens are the larger part of the work (measured on a CPU).
+CHUNKS = ((32, 16), (128, 32))
+CHUNK_OF_LONG_KEYS = 64
 
 
 class _Tokens(NamedTuple):
@@ -48,10 +51,10 @@ class _Tokens(NamedTuple):
     end: Tensor  # (N, M, 1, 1): the last entry of e
 
 
-def chunk_size(length: int, keys: int, values: int) -> tuple[int, int]:
+def chunk_size(length: int, keys: int) -> tuple[int, int]:
     """(number of chunks, tokens in each): equal chunks, so that little is padded."""
-    largest = CHUNK
-    chunks = (length + largest - 1) // largest
+    most = next((size for limit, size in CHUNKS if keys <= limit), CHUNK_OF_LONG_KEYS)
+    chunks = (length + most - 1) // most
     return chunks, (length + chunks - 1) // chunks
 
 
@@ -83,7 +86,7 @@ def _prepare(
     scale: float,
 ) -> _Tokens:
     compute = log_decay.dtype
-    chunks, size = chunk_size(q.shape[1], q.shape[3], v.shape[3])
+    chunks, size = chunk_size(q.shape[1], q.shape[3])
     q_NMCK, k_NMCK, v_NMCV = (_by_chunk(x, chunks, size, compute) for x in (q, k, v))
     beta_NMC = _by_chunk(beta, chunks, size, compute)
     total_NMC = _by_chunk(log_decay, chunks, size, torch.float64).cumsum(-1)
@@ -263,7 +266,7 @@ def outputs_for(
     """Uninitialised (o, final state, Y, inverse of I + L), see `operator.define`."""
     rows, length, heads, keys = k.shape
     values = v.shape[-1]
-    chunks, size = chunk_size(length, keys, values)
+    chunks, size = chunk_size(length, keys)
     if not save:
         chunks = 0
     return (
