@@ -106,7 +106,12 @@ def test_a_kill_before_any_change_of_the_disk_is_survived(
 def _start(source: Path, out: Path) -> subprocess.Popen[bytes]:
     arguments = [str(source), "--out", str(out), "--vocab-size", "300", "--workers", "2"]
     arguments += ["--shard-tokens", "20000", "--validation-fraction", "0.2"]
-    code = "import sys; from sambay.cli.main import main; sys.exit(main())"
+    # Held up before its end, so that it is killed before that however slow this process is.
+    code = (
+        "import sys, time; import sambay.data.prepare as prepare\n"
+        "prepare._manifest = lambda *arguments: time.sleep(600)\n"
+        "from sambay.cli.main import main; sys.exit(main())"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, "prepare", *arguments], stderr=subprocess.DEVNULL
     )
@@ -146,7 +151,7 @@ def test_kill_9_of_the_command_loses_at_most_the_shards_in_work(tmp_path: Path) 
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not (out / "manifest.json").exists()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 100
         while any(_runs(child) for child in children):
             assert time.monotonic() < deadline, "workers outlived the command"
             time.sleep(0.01)
