@@ -10,6 +10,7 @@ import torch
 from sambay.errors import SambayError
 from sambay.spec.footprint import cache_bytes
 from sambay.spec.model_config import ModelConfig
+from sambay.spec.recurrent import conv_channels
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -41,7 +42,8 @@ def working_bytes(config: ModelConfig, batch_size: int, call_tokens: int, value_
     Counts the tensors alive at once in the widest layer; the scan and the sampling work in wider
     types than the model. Meant to be right within a factor of two.
     """
-    widths = 4 * config.hidden_size + 3 * config.intermediate_size + 8 * config.d_inner
+    recurrent = 8 * max(config.d_inner, conv_channels(config))
+    widths = 4 * config.hidden_size + 3 * config.intermediate_size + recurrent
     return call_tokens * widths * max(value_bytes, 4) + batch_size * config.vocab_size * 8 * 6
 
 

@@ -130,6 +130,13 @@ def visible_pairs(tokens: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (tokens - window) * window
 
 
+def pair_flops(config: ModelConfig) -> int:
+    """Floating-point operations per visible pair of columns, in all heads together."""
+    if config.attention_variant is AttentionVariant.DIFFERENTIAL:
+        return 6 * config.attention_size  # every map weighs values twice as wide
+    return 4 * config.attention_size
+
+
 def forward_flops(config: ModelConfig, tokens: int, *, last_only: bool = False) -> int:
     """Floating-point operations of the matrix products of one row's forward over `tokens`.
 
@@ -138,20 +145,18 @@ def forward_flops(config: ModelConfig, tokens: int, *, last_only: bool = False) 
     `last_only` the prefill that returns the logits of the last token.
     """
     split = prefill_split(config.layers) if last_only else config.num_layers
-    pair_flops = 4 * config.attention_size
-    if config.attention_variant is AttentionVariant.DIFFERENTIAL:
-        pair_flops = 6 * config.attention_size  # every map weighs values twice as wide
+    per_pair = pair_flops(config)
     total = 2 * config.vocab_size * config.hidden_size * (1 if last_only else tokens)
     for layer in config.layers:
         cost = layer_cost(config, layer)
         attends = layer.kind in (LayerKind.SLIDING, LayerKind.FULL, LayerKind.CROSS)
         if layer.index < split:
             total += 2 * tokens * (cost.mixer_matmul + cost.mlp)
-            total += pair_flops * visible_pairs(tokens, layer.window) if attends else 0
+            total += per_pair * visible_pairs(tokens, layer.window) if attends else 0
         else:
             state = cost.state_matmul if layer.index == split else 0
             total += 2 * (tokens - 1) * state + 2 * (cost.mixer_matmul + cost.mlp)
-            total += pair_flops * min(tokens, layer.window or tokens) if attends else 0
+            total += per_pair * min(tokens, layer.window or tokens) if attends else 0
     return total
 
 
