@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sambay.scaling.fit import NoiseSource, PowerLaw, student_quantile
-from sambay.scaling.fit_intervals import DRAWS, LEVEL, Interval, Mask, noise_scale, percentiles
+from sambay.scaling.fit_intervals import DRAWS, LEVEL, Interval, noise_scale, percentiles
 from sambay.scaling.fit_points import CONSTANTS
 from sambay.scaling.fit_solver import Array, Fits, fit_rows
 
@@ -164,7 +164,8 @@ def _crossing_sentence(comparison: Comparison, percent: str) -> str:
 
 
 def _region(region: Interval, crossings: Crossings) -> str:
-    is_open_below, is_open_above = region.low <= crossings.low, region.high >= crossings.high
+    is_open_below = region.low <= crossings.low * (1 + 1e-9)
+    is_open_above = region.high >= crossings.high * (1 - 1e-9)
     if is_open_below and is_open_above:
         return "all of it: the data say nothing about where they cross"
     if is_open_below:
@@ -263,7 +264,7 @@ def _crossings(
     changes = np.flatnonzero(np.sign(gap[1:]) != np.sign(gap[:-1]))
     points = tuple(_root(first, second, float(x[i]), float(x[i + 1])) for i in changes)
     low, high = _ends(first_fits.predict(x) - second_fits.predict(x), level)
-    return Crossings(float(x[0]), float(x[-1]), points, _regions(x, (low <= 0) & (high >= 0)))
+    return Crossings(float(x[0]), float(x[-1]), points, _regions(x, low, high))
 
 
 def _root(first: PowerLaw, second: PowerLaw, low: float, high: float) -> float:
@@ -280,13 +281,23 @@ def _root(first: PowerLaw, second: PowerLaw, low: float, high: float) -> float:
     return math.sqrt(low * high)
 
 
-def _regions(x: Array, includes_zero: Mask) -> tuple[Interval, ...]:
-    """Runs of true values as intervals of x."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], includes_zero.astype(int), [0]])))
-    return tuple(
-        Interval(float(x[start]), float(x[end - 1]))
-        for start, end in zip(edges[::2], edges[1::2], strict=True)
-    )
+def _regions(x: Array, low: Array, high: Array) -> tuple[Interval, ...]:
+    """The parts of x where low <= 0 <= high, both taken as straight between points of log x."""
+    log_x = np.log(x)
+    borders = {float(log_x[0]), float(log_x[-1])}
+    for end in (low, high):
+        for i in np.flatnonzero((end[1:] > 0) != (end[:-1] > 0)):
+            share = end[i] / (end[i] - end[i + 1])
+            borders.add(float(log_x[i] + share * (log_x[i + 1] - log_x[i])))
+    found: list[Interval] = []
+    edges = sorted(borders)
+    for left, right in zip(edges, edges[1:], strict=False):
+        middle = (left + right) / 2
+        if np.interp(middle, log_x, low) <= 0 <= np.interp(middle, log_x, high):
+            if found and found[-1].high == math.exp(left):
+                left = math.log(found.pop().low)
+            found.append(Interval(math.exp(left), math.exp(right)))
+    return tuple(found)
 
 
 def _ends(values_FM: Array, level: float) -> tuple[Array, Array]:

@@ -106,8 +106,10 @@ def bootstrap(law: PowerLaw, *, draws: int = DRAWS, seed: int = 0) -> Bootstrap:
     return Bootstrap(fit_rows(law.x, losses))
 
 
-def noise_scale(generator: np.random.Generator, freedom: float, draws: int) -> Array:
-    """Factors (draws,) on an estimated deviation, as uncertain as its freedom makes it."""
+def noise_scale(
+    generator: np.random.Generator, freedom: float, draws: int | tuple[int, ...]
+) -> Array:
+    """Factors in the shape `draws` on an estimated deviation, as uncertain as its freedom makes it."""
     if not math.isfinite(freedom):
         return np.ones(draws)
     return np.sqrt(freedom / generator.chisquare(freedom, draws))

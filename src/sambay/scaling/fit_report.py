@@ -25,6 +25,7 @@ class FittedCurve:
     profile: dict[Quantity, Interval]
     percentile: dict[Quantity, Interval]
     at: float
+    level: float
 
 
 def with_intervals(
@@ -43,6 +44,7 @@ def with_intervals(
             Quantity.LOSS: Interval(float(low[0]), float(high[0])),
         },
         at=at,
+        level=level,
     )
 
 

@@ -17,14 +17,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sambay.cli.scaling.fit_pictures import BEYOND, draw_pictures
 from sambay.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sambay.plots.scaling import Band, ScalingCurve
     from sambay.scaling.compare import Comparison
-    from sambay.scaling.fit import PowerLaw
+    from sambay.scaling.fit import Noise, PowerLaw
     from sambay.scaling.fit_points import Points
-    from sambay.scaling.fit_report import FittedCurve
     from sambay.scaling.published import PublishedStudy
 
 RESOURCES = ("flops", "paper-flops", "tokens", "parameters")
@@ -32,8 +31,6 @@ _UNITS = {
     "flops": "FLOPs", "paper-flops": "FLOPs by the paper's convention", "tokens": "tokens",
     "parameters": "parameters",
 }  # fmt: skip
-_BEYOND = 10.0  # how far beyond the largest run pictures and predictions go
-_LINE_POINTS = 121
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +107,8 @@ def _own_table(args: argparse.Namespace) -> None:
             choose(points, name)
     text = _study(
         args, "fits", points, args.compare, args.baseline or points[0].name,
-        [one.name for one in points], unit=_UNITS[args.x], title="Final validation loss", notes=table.left_out,
+        [one.name for one in points], unit=_UNITS[args.x], title="Final validation loss",
+        notes=table.left_out,
     )  # fmt: skip
     print(text)
     if args.out is not None:
@@ -121,13 +119,24 @@ def _published(args: argparse.Namespace) -> None:
     from sambay.scaling.published import published_studies
 
     blocks = []
-    for study in published_studies():
+    studies = published_studies()
+    for study in studies:
         block = [f"## {study.title}", f"{study.note[0].upper()}{study.note[1:]}."]
         block.append(_study(
             args, f"published_{study.key}", list(study.points), [study.compared], study.baseline,
             list(study.drawn), unit=study.unit, title=study.title, notes=_reproduction(study),
         ))  # fmt: skip
         blocks.append("\n\n".join(block))
+    noise = next(found for study in studies if (found := study.rerun_noise()) is not None)
+    blocks.append(
+        "## With the noise between a run and its repetition\n\n"
+        f"{noise.freedom:g} runs of 1B parameters were made a second time; their losses say that "
+        f"a run's deviation is {noise.sigma:.5f} nats. With it instead of the residuals, and "
+        "runs taken as independent:\n\n"
+        + "\n".join(f"- {study.unit}: {line}"
+                    for study in studies for line in _verdict_with(study, noise, args))
+        + "\n"
+    )  # fmt: skip
     text = "\n".join(blocks)
     print(text)
     if args.out is not None:
@@ -151,6 +160,18 @@ def _reproduction(study: PublishedStudy) -> list[str]:
     return [f"The constants of all {len(study.printed)} printed fits come out to the digits."]
 
 
+def _verdict_with(study: PublishedStudy, noise: Noise, args: argparse.Namespace) -> list[str]:
+    """What the compared pair's laws say at the largest run and beyond under another noise."""
+    from sambay.scaling.compare import compare, verdict
+    from sambay.scaling.fit import fit_power_law
+
+    first, second = (fit_power_law(study.curve(name)).with_noise(noise) for name in study.compared)
+    largest = float(first.x.max())
+    made = compare(first, second, [largest, BEYOND * largest], draws=args.draws, seed=args.seed,
+                   level=args.level)  # fmt: skip
+    return [line for line in verdict(made) if not line.startswith("Measured")]
+
+
 def _study(
     args: argparse.Namespace,
     stem: str,
@@ -171,7 +192,7 @@ def _study(
     laws = {law.name: law for law in _laws(args.noise, points)}
     largest = max(max(law.points.x) for law in laws.values())
     curves = [
-        with_intervals(law, _BEYOND * largest, draws=args.draws, seed=args.seed, level=args.level)
+        with_intervals(law, BEYOND * largest, draws=args.draws, seed=args.seed, level=args.level)
         for law in laws.values()
     ]
     made: dict[tuple[str, str], Comparison] = {}
@@ -179,7 +200,7 @@ def _study(
     def compared(first: str, second: str) -> Comparison:
         if (first, second) not in made:
             made[first, second] = compare(
-                laws[first], laws[second], sorted({largest, _BEYOND * largest, *args.at}),
+                laws[first], laws[second], sorted({largest, BEYOND * largest, *args.at}),
                 draws=args.draws, seed=args.seed, level=args.level,
             )  # fmt: skip
         return made[first, second]
@@ -195,7 +216,9 @@ def _study(
             f"bands: {100 * args.level:g} % bootstrap intervals; dashed: beyond the largest run"
         )
         own = [by_name[name] for name in drawn]
-        _draw(args.out, stem, own, gaps, baseline, comparisons, title, f"D, {unit}", caption)
+        draw_pictures(
+            args.out, stem, own, gaps, baseline, comparisons, title, f"D, {unit}", caption
+        )
     return text
 
 
@@ -223,80 +246,6 @@ def _laws(word: str, points: list[Points]) -> list[PowerLaw]:
         raise ConfigError(f"--noise {word} is unknown; use auto, pooled, seeds or a deviation in "
                           "nats, such as 0.001")  # fmt: skip
     return [law.with_noise(Noise(sigma, math.inf, NoiseSource.GIVEN)) for law in laws]
-
-
-def _draw(
-    out: Path,
-    stem: str,
-    curves: list[FittedCurve],
-    gaps: dict[str, Comparison],
-    baseline: str,
-    comparisons: list[Comparison],
-    title: str,
-    x_label: str,
-    caption: str,
-) -> None:
-    """The picture of all curves, and one of the difference of each compared pair."""
-    from sambay.plots.canvas import save
-    from sambay.plots.scaling import ScalingPicture, draw_scaling
-
-    pictures = {
-        stem: ScalingPicture(
-            title,
-            x_label,
-            [_curve(one, gaps.get(one.law.name)) for one in curves],
-            baseline,
-            caption,
-        )
-    }
-    by_name = {curve.law.name: curve for curve in curves}
-    for number, pair in enumerate(comparisons, start=1):
-        first, second = pair.first.name, pair.second.name
-        if first not in by_name or second not in by_name:
-            continue
-        (mine, i), (other, j) = by_name[second], by_name[first]
-        lines = [(f"the curves cross at {x:.1e}", x) for x in pair.crossings.points
-                 if x <= _BEYOND * max(pair.first.x)]  # fmt: skip
-        spans = [(region.low, region.high) for region in pair.crossings.regions]
-        suffix = f"_compared{number}" if len(comparisons) > 1 else "_compared"
-        pictures[stem + suffix] = ScalingPicture(
-            "Measured losses minus their own fitted curve", x_label,
-            [_curve(mine, None, i), _curve(other, pair, j)], second,
-            f"{caption}; grey: not told apart", lines, spans,
-            f"{first} minus {second}", shows_residuals=True,
-        )  # fmt: skip
-    for name, picture in pictures.items():
-        figure = draw_scaling(picture)
-        for ending in (".png", ".svg"):
-            print(f"written to {save(figure, out / (name + ending))}")
-
-
-def _curve(curve: FittedCurve, gap: Comparison | None, style: int) -> ScalingCurve:
-    """Means over seeds with their spread, the law with its band, and the difference to another."""
-    import numpy as np
-
-    from sambay.plots.scaling import Band, ScalingCurve
-
-    law = curve.law
-    sizes = law.points.sizes
-    losses = [np.array(law.points.losses)[law.x == D] for D in sizes]
-    x = np.geomspace(sizes[0] / 1.5, sizes[-1] * _BEYOND, _LINE_POINTS)
-
-    def band(middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> Band:
-        return Band(x.tolist(), middle.tolist(), low.tolist(), high.tolist())
-
-    return ScalingCurve(
-        name=law.name,
-        style=style,
-        label=rf"{law.name}:  ${law.A:.4g}\,D^{{-{law.b:.3f}}} + {law.C:.3f}$",
-        x=sizes.tolist(),
-        losses=[float(own.mean()) for own in losses],
-        errors=[float(own.std(ddof=1)) if len(own) > 1 else 0.0 for own in losses],
-        law=band(law.predict(x), *curve.draws.band(x)),
-        residuals=list(zip(law.points.x, law.residuals.tolist(), strict=True)),
-        gap=None if gap is None else band(*gap.band(x)),
-        gap_points=() if gap is None else gap.measured_by_size,
-    )
 
 
 def _write_text(path: Path, text: str) -> None:
