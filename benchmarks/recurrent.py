@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import environment, interleaved, print_table, write_result
+from sambay.ops.gated_delta import gated_delta, l2_normalise
 from sambay.ops.selective_scan import selective_scan
 from sambay.ops.state_space_dual import state_space_dual
 from sambay.spec import RecurrentKind
@@ -76,11 +77,31 @@ def mamba2(batch: int, length: int, hidden: int) -> Case:
     return Case(run, inputs, [(hidden, 2 * inner + 2 * states + heads), (inner, hidden)])
 
 
+def gated_delta_rule(batch: int, length: int, hidden: int) -> Case:
+    """Gated DeltaNet: a matrix per head, by matrix products over chunks."""
+    sizes = published_sizes(RecurrentKind.GATED_DELTA, hidden)
+    heads, keys, values = (
+        sizes[name] for name in ("recurrent_heads", "d_state", "recurrent_head_dim")
+    )
+
+    def run(q, k, v, log_decay, beta):
+        return gated_delta(q, k, v, log_decay, beta, scale=keys**-0.5)[0]
+
+    q, k = (l2_normalise(leaf(batch, length, heads, keys)) for _ in "qk")
+    log_decay = -torch.rand(batch, length, heads)
+    beta = 2 * torch.rand(batch, length, heads)
+    v = leaf(batch, length, heads, values)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, log_decay, beta)]
+    inner = 2 * heads * (keys + values + 1)  # q, k; v and the gate; decay and beta
+    return Case(run, inputs, [(hidden, inner), (heads * values, hidden)])
+
+
 # One row of the table each; all are called with (batch, length, hidden).
 CASES: dict[str, Callable[[int, int, int], Case]] = {
     "mamba": mamba,
     "mamba, torch": mamba_torch,
     "mamba2": mamba2,
+    "gated_delta": gated_delta_rule,
 }
 
 

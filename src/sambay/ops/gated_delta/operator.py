@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sambay.ops.second_derivative import refuse_second_derivative
+
 INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, "
     "Tensor? initial_state, Tensor? resets, float scale"
@@ -64,11 +66,7 @@ def define(
         f"sambay::{name}", differentiate, setup_context=keep, lib=_library
     )
 
-    def refuse(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise NotImplementedError(
-            "the gated delta rule's torch backend has no second derivative; use backend='reference'"
-        )
-
+    refuse = refuse_second_derivative("the chunked gated delta rule", "reference")
     torch.library.register_autograd(f"sambay::{name}_backward", refuse, lib=_library)
     operator = getattr(torch.ops.sambay, name).default
 
