@@ -27,13 +27,13 @@ from sambay.studies.coordinates import (
     random_batch,
     run_config,
 )
-from sambay.studies.coordinates_report import SweepResult, draw, table, to_json
+from sambay.studies.coordinates_report import SweepResult, table, to_json
 from sambay.studies.probes import activations, updates
 from sambay.studies.slopes import FLAT, expected_slope, log_slope, slopes
 from tests.tiny import random_ids, tiny_config, tiny_model
 
 STANDARD, MUP, PLUS = Parametrization
-SETTINGS = CheckSettings(head_dim=8, sequence_length=16, steps=4, threads=1)
+SETTINGS = CheckSettings(head_dim=8, sequence_length=16, steps=3, threads=1)
 
 
 def measured(
@@ -47,10 +47,10 @@ def measured(
 def test_width_is_flat_under_mup_plus_plus_and_not_under_the_standard() -> None:
     """The proof of the parametrisation: every activation that theory calls flat has slope < 0.1."""
     points = [Point(width, 8) for width in (32, 64, 128)]
-    trained_with = {"init_scheme": InitScheme.MUP_RELEASED, "seeds": (0, 1, 2)}
+    trained_with = {"init_scheme": InitScheme.MUP_RELEASED, "seeds": (0, 1)}
     result = measured(Sweep.WIDTH, points, [STANDARD, PLUS], **trained_with)
     checked = 0
-    for measure, step in ((Measure.LEVEL, 0), (Measure.LEVEL, 4), (Measure.CHANGE, 4)):
+    for measure, step in ((Measure.LEVEL, 0), (Measure.LEVEL, 3), (Measure.CHANGE, 3)):
         found = slopes(result.readings, Sweep.WIDTH, measure, step)
         for quantity, slope in found[PLUS].items():
             if result.expected(measure, quantity, step) == 0:
@@ -60,10 +60,10 @@ def test_width_is_flat_under_mup_plus_plus_and_not_under_the_standard() -> None:
     first = slopes(result.readings, Sweep.WIDTH, Measure.LEVEL, 0)
     # Random tied logits fall with the root of the width, until training adds up in phase.
     assert first[PLUS]["logits"] == pytest.approx(-0.5, abs=0.05)
-    last = slopes(result.readings, Sweep.WIDTH, Measure.LEVEL, 4)[STANDARD]
+    last = slopes(result.readings, Sweep.WIDTH, Measure.LEVEL, 3)[STANDARD]
     for quantity in ("mamba", "MLP", "attention logits", "gated memory unit"):
         assert last[quantity] > 0.5, quantity
-    learned = slopes(result.readings, Sweep.WIDTH, Measure.UPDATE, 4)
+    learned = slopes(result.readings, Sweep.WIDTH, Measure.UPDATE, 3)
     for quantity, slope in learned[STANDARD].items():
         if quantity not in ("embedding", "logits"):
             assert slope > 0.25, quantity
@@ -88,16 +88,16 @@ def test_wider_and_deeper_models_keep_the_promises() -> None:
     wide = [Point(width, 8) for width in (128, 256, 512)]
     few = {"batch_size": 1, "sequence_length": 8, "head_dim": 16, "seeds": (0, 1)}
     result = measured(Sweep.WIDTH, wide, [PLUS], **few)
-    learned = slopes(result.readings, Sweep.WIDTH, Measure.UPDATE, 4)[PLUS]
+    learned = slopes(result.readings, Sweep.WIDTH, Measure.UPDATE, 3)[PLUS]
     for quantity, slope in learned.items():
         # dt_proj reads a sixteenth of the width, so it is narrow for longer.
         if quantity not in ("logits", "mamba dt_proj"):
             assert abs(slope) < 0.15, quantity
     deep = [Point(64, depth) for depth in (8, 16, 32)]
     result = measured(Sweep.DEPTH, deep, [MUP, PLUS], seeds=(0, 1), head_dim=16)
-    found = slopes(result.readings, Sweep.DEPTH, Measure.LEVEL, 4)
+    found = slopes(result.readings, Sweep.DEPTH, Measure.LEVEL, 3)
     for quantity, slope in found[PLUS].items():
-        if result.expected(Measure.LEVEL, quantity, 4) == 0:
+        if result.expected(Measure.LEVEL, quantity, 3) == 0:
             assert abs(slope) < 0.15, quantity
     assert found[MUP]["residual at the end"] > 0.5
 
@@ -169,13 +169,13 @@ def test_probes_see_what_the_layers_compute() -> None:
     handle = full.maps.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     model(ids)
     handle.remove()
-    q, k, v = (one[:1] for one in seen[0][:3])
+    q, k, v = seen[0][:3]
     visible = torch.ones(9, 9, dtype=torch.bool).tril()
-    logits = torch.full((q.shape[1], 9, 9), -math.inf)
-    logits[:, visible] = found["attention logits"][0]
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    expected = attention(q, k, seen[0][2][:1], scale=full.maps.scale)
-    torch.testing.assert_close(F.softmax(logits, dim=-1) @ v[0], expected[0])
+    logits = torch.full((2, q.shape[1], 9, 9), -math.inf)
+    logits[:, :, visible] = found["attention logits"][0]
+    weights = F.softmax(logits, dim=-1)
+    expected = attention(q, k, v, scale=full.maps.scale)
+    torch.testing.assert_close(weights @ v.repeat_interleave(2, dim=1), expected)
 
 
 def test_updates_are_the_learned_part_of_each_map() -> None:
@@ -224,13 +224,12 @@ def test_what_theory_promises() -> None:
 
 def test_a_run_that_diverges_is_measured_as_such() -> None:
     points = [Point(32, 4), Point(64, 4)]
-    result = measured(Sweep.WIDTH, points, [STANDARD], learning_rate=1e30, steps=3)
+    result = measured(Sweep.WIDTH, points, [STANDARD], learning_rate=1e30)
     found = slopes(result.readings, Sweep.WIDTH, Measure.LEVEL, 3)[STANDARD]
     assert math.isnan(found["logits"])
     text = json.dumps(to_json(result), allow_nan=False)  # no NaN leaves the program
     assert '"slope": null' in text
     assert "muP++ was not measured." in table(result)
-    draw(result)
 
 
 def test_command_prints_and_writes_the_same_slopes(

@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any
 from sambay.plots.coordinates import Row, draw_coordinates
 from sambay.spec import Parametrization
 from sambay.studies.coordinates import CheckSettings, Measure, Point, Reading, Sweep
+from sambay.studies.names import TITLES
 from sambay.studies.probes import LARGEST_ATTENTION_LOGIT
 from sambay.studies.slopes import FLAT, expected_slope, slopes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = {
-    Parametrization.STANDARD: "SP",
-    Parametrization.MUP: "muP",
-    Parametrization.MUP_PLUS_PLUS: "muP++",
-}
 FORMAT_VERSION = 1
 
 
@@ -93,7 +89,7 @@ def table(result: SweepResult) -> list[str]:
 def _rows(result: SweepResult, moments: Sequence[tuple[Measure, int]]) -> list[str]:
     by_moment = [slopes(result.readings, result.sweep, *moment) for moment in moments]
     which = result.parametrizations
-    heads = ["quantity", *(f"{NAMES[one]} {_moment(*at)}" for one in which for at in moments)]
+    heads = ["quantity", *(f"{TITLES[one]} {_moment(*at)}" for one in which for at in moments)]
     heads.append("promised for muP++")
     cells = []
     for quantity in by_moment[0][which[0]]:
@@ -192,7 +188,7 @@ def draw(result: SweepResult) -> Figure:
     seeds = len(result.settings.seeds)
     return draw_coordinates(
         sizes,
-        [NAMES[one] for one in which],
+        [TITLES[one] for one in which],
         rows,
         size_label="depth" if by_depth else "width",
         caption=(

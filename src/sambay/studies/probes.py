@@ -54,7 +54,7 @@ def activations(model: LanguageModel, input_ids_BT: Tensor) -> Captured:
     Mixers and the MLP are taken before the residual multiplier, the final norm before the logit
     multiplier; x, delta and y are the input, the time step (after its softplus) and the output
     (with the D skip, before the gate) of the scan of Mamba-1. Attention logits are those of the
-    last self-attention layer, of the visible columns of the first row.
+    last self-attention layer, of the visible columns.
     """
     found: Captured = {}
     with _hooked(model, found):
@@ -193,11 +193,11 @@ def _scan_hooks(mixer: Mamba, put: Put) -> list[RemovableHandle]:
 
 def _attention_hook(put: Put) -> Any:
     def at_maps(maps: Any, inputs: tuple[Any, ...]) -> None:
-        q_HTP, k_KSP = inputs[0][0].float(), inputs[1][0].float()
-        k_HSP = k_KSP.repeat_interleave(q_HTP.shape[0] // k_KSP.shape[0], dim=0)
-        columns = torch.arange(q_HTP.shape[1], device=q_HTP.device)
+        q_BHTP, k_BKSP = inputs[0].float(), inputs[1].float()
+        k_BHSP = k_BKSP.repeat_interleave(q_BHTP.shape[1] // k_BKSP.shape[1], dim=1)
+        columns = torch.arange(q_BHTP.shape[2], device=q_BHTP.device)
         distance = columns[:, None] - columns
         visible = (distance >= 0) & (distance < (maps.window or len(columns)))
-        put(ATTENTION_LOGITS, (q_HTP @ k_HSP.mT * maps.scale)[:, visible])
+        put(ATTENTION_LOGITS, (q_BHTP @ k_BHSP.mT * maps.scale)[:, :, visible])
 
     return at_maps
