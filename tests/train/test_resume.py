@@ -92,7 +92,7 @@ def test_resumed_equals_uninterrupted(
     config = make_config(**VARIANTS[variant])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(config, whole)
-    for stop_step in (1, 3, 4):
+    for stop_step in (1, 3, 4) if variant == "plain" else (3,):
         outcome = train(config, cut, display=StopAt(stop_step))
         assert (outcome.progress.step, outcome.stopped_by) == (stop_step, signal.SIGINT)
     outcome = train(config, cut)

@@ -215,7 +215,7 @@ TENSOR_2 = ParallelConfig(tensor=2)
     ("before", "after"),
     [
         ((2, TENSOR_2), (1, ParallelConfig())),
-        ((1, ParallelConfig()), (2, TENSOR_2)),
+        pytest.param((1, ParallelConfig()), (2, TENSOR_2), marks=pytest.mark.slow),
         pytest.param((4, TENSOR_2), (2, ParallelConfig()), marks=pytest.mark.slow),
         pytest.param((2, ParallelConfig()), (4, TENSOR_2), marks=pytest.mark.slow),
     ],
