@@ -70,7 +70,7 @@ def test_unfinished_runs_are_listed_and_not_used(tmp_path: Path) -> None:
 
 def test_a_diverged_run_stops_the_fit_until_it_is_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, [*ladder(), row("sambay", 28, state="diverged", validation_loss=None)])
-    with pytest.raises(DataError, match="sambay-d28-s0: its loss is nan.*--leave-out sambay-d28"):
+    with pytest.raises(DataError, match=r"sambay-d28-s0: its loss is nan.*--leave-out sambay-d28"):
         read_points(path, Resource.FLOPS)
     table = read_points(path, Resource.FLOPS, ["sambay-d28-s0"])
     assert table.left_out == ("sambay-d28-s0: left out as asked",)

@@ -9,6 +9,7 @@ with the covariance of the residuals; otherwise independently.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -291,7 +292,7 @@ def _regions(x: Array, low: Array, high: Array) -> tuple[Interval, ...]:
             borders.add(float(log_x[i] + share * (log_x[i + 1] - log_x[i])))
     found: list[Interval] = []
     edges = sorted(borders)
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in itertools.pairwise(edges):
         middle = (left + right) / 2
         if np.interp(middle, log_x, low) <= 0 <= np.interp(middle, log_x, high):
             if found and found[-1].high == math.exp(left):

@@ -109,7 +109,7 @@ def bootstrap(law: PowerLaw, *, draws: int = DRAWS, seed: int = 0) -> Bootstrap:
 def noise_scale(
     generator: np.random.Generator, freedom: float, draws: int | tuple[int, ...]
 ) -> Array:
-    """Factors in the shape `draws` on an estimated deviation, as uncertain as its freedom makes it."""
+    """Factors, in the shape `draws`, on a deviation as uncertain as its freedom makes it."""
     if not math.isfinite(freedom):
         return np.ones(draws)
     return np.sqrt(freedom / generator.chisquare(freedom, draws))
