@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from sambay.errors import ConfigError
 from sambay.spec import presets
-from sambay.spec.footprint import training_flops
+from sambay.spec.flops import training_parts
 from sambay.train.config import RunConfig
 
 Build = Callable[[str, int, int], RunConfig]  # of architecture, depth and seed
@@ -53,10 +53,10 @@ class Member:
 
 
 def run_flops(config: RunConfig) -> int:
-    """Floating-point operations of the matrix products of a whole run, attention included."""
+    """Floating-point operations of a whole run: every part, see `sambay.spec.flops`."""
     length = config.data.sequence_length
     rows = config.num_steps * config.batch.global_batch_size
-    return training_flops(config.model, length) * rows
+    return training_parts(config.model, length).total * rows
 
 
 def expand(

@@ -2,9 +2,11 @@
 
 table.json: {"format_version": 1, "runs": [row, ...]}; a row has name, architecture, depth, seed,
 state (finished, pending, failed, diverged, unbuildable), the reason where there is one, width,
-parameters, parameters_without_embeddings, steps, tokens, flops (of the whole run),
-validation_loss (nats per token), validation_bits_per_byte, seconds, place (device, threads,
-versions), peak_learning_rate, precision, order_seed and data (what must agree in all runs).
+parameters, parameters_without_embeddings, steps, tokens, flops (of the whole run, every part),
+paper_flops (6 N T without attention and embeddings, as in arXiv 2507.06607, section 3, but with N
+and T of the run itself), validation_loss (nats per token), validation_bits_per_byte, seconds, place
+(device, threads, versions), peak_learning_rate, precision, order_seed, and data: what must agree in
+all runs.
 Imports no torch.
 """
 
