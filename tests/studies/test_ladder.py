@@ -553,7 +553,7 @@ def started(recipe: str) -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sambay.cli.main", "scaling", "ladder", recipe,
                    "--architectures", "sambay", "--depths", "8", "--seeds", "1,2",
-                   "--processes", "2", "--threads", "1", "--out", str(out), "steps=60"]  # fmt: skip
+                   "--processes", "2", "--threads", "1", "--out", str(out), "steps=40"]  # fmt: skip
         paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(":")]
         env = os.environ | {"PYTHONPATH": ":".join(path for path in paths if path)}
         running.append(subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL))

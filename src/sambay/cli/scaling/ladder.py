@@ -6,7 +6,7 @@ that are done are skipped, those that were interrupted continue, and several com
 the same DIR. What cannot be built is listed with the reason.
 
 DIR/table.json and DIR/table.md are brought up to date after each run, also with more depths or
-seeds added later; `sambay scaling fit DIR` reads them.
+seeds added later; `sambay scaling fit` reads the first.
 
 examples:
   sambay scaling ladder ladder --architectures transformer++,sambay --depths 8,12,16 --out study
