@@ -346,7 +346,7 @@ def test_ctrl_c_ends_a_script(folder: Path, endless_turn: str) -> None:
     process.stdin = None
     process.stdout.read(30)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 130
     assert err.decode().count("stopped;") == 1
     assert b"Traceback" not in err

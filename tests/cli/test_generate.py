@@ -240,14 +240,14 @@ def start(*arguments: object, encoding: str = "utf-8") -> subprocess.Popen[bytes
 
 def test_text_streams_and_ctrl_c_ends_it_cleanly(model_folder: Path) -> None:
     endless = ("--max-new-tokens", 200_000, "--temperature", 1.5, "--top-p", 1, "--seed")
-    for seed in range(9):  # the tiny model may say the end token soon; find a seed that does not
+    for seed in range(9):  # the tiny model may say the end token before it is interrupted
         process = start("--model", model_folder, "--prompt", PROMPT, *endless, seed)
         assert process.stdout is not None
         first = process.stdout.read(20)
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=200)
+        if process.returncode != 0:
             break
-    out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     (first + out).decode()
     assert out.endswith(b"\n")
@@ -260,6 +260,6 @@ def test_a_terminal_without_the_characters_gets_question_marks(model_folder: Pat
         "--model", model_folder, "--prompt", PROMPT, "--max-new-tokens", 60, "--temperature", 9,
         "--top-p", 1, encoding="ascii",
     )  # fmt: skip
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert (process.returncode, b"Traceback" in err) == (0, False)
     assert b"?" in out

@@ -123,7 +123,7 @@ def test_signals_save_and_tell_how_to_continue(
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=200)
     assert process.returncode == 128 + number
     assert "run the same command to continue" in output
     assert "Traceback" not in errors
