@@ -40,12 +40,12 @@ def some_batch(config: RunConfig) -> Any:
     return read_batch(dataset, range(GLOBAL_BATCH), SEQUENCE)
 
 
-@pytest.mark.parametrize("name", ["sambay", "sambay+da"])
+@pytest.mark.parametrize("name", [pytest.param("sambay", marks=pytest.mark.slow), "sambay+da"])
 def test_resumed_equals_uninterrupted(name: str, make_config: MakeConfig, tmp_path: Path) -> None:
-    """Cut before, at and after the steps at which dropout is switched on."""
+    """Cut before and at the steps at which dropout is switched on, and between them."""
     config = make_config(name, regularisation=SWITCHED, batch=BatchConfig(GLOBAL_BATCH, 2))
     train(config, tmp_path / "whole")
-    for stop_step in (1, 2, 3, 5):
+    for stop_step in (1, 2, 4):
         train(config, tmp_path / "cut", display=StopAt(stop_step))
         torch.manual_seed(stop_step)  # what else draws random numbers must not matter
     train(config, tmp_path / "cut")
