@@ -82,7 +82,7 @@ def test_padded_rows_continue_like_lonely_ones(
         assert torch.equal(new, by_hand(model, row[None])[0, len(row) :])
 
 
-@pytest.mark.parametrize("name", ["sambay", OFFICIAL])
+@pytest.mark.parametrize("name", ["sambay", "s-gdny", OFFICIAL])
 def test_beams_with_a_cache_equal_beams_without(name: str) -> None:
     _, model = pair(name)
     rows = [random_ids(1, length, length)[0] for length in (8, 5)]

@@ -62,12 +62,14 @@ def test_logits_are_those_of_the_language_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "sambay-2", "s-gdny"])
 @torch.no_grad()
 def test_cached_equals_uncached_under_left_padding_chunks_and_steps(
     name: str, static: bool
 ) -> None:
     _, model = pair(name)
+    # Chunks and steps of the delta rule round differently: 1e-5 of logits of 0.8 (1e-14 in float64).
+    close = functools.partial(assert_close, atol=3e-5) if name == "s-gdny" else assert_close
     rng = random.Random(f"{name}{static}")
     for seed in range(2):
         rows = ragged((25, rng.randrange(1, 20), rng.randrange(1, 20)), seed)
@@ -78,7 +80,7 @@ def test_cached_equals_uncached_under_left_padding_chunks_and_steps(
         assert torch.isfinite(logits).all()
         for row, found in zip(rows, logits, strict=True):
             expected = model(row[None], use_cache=False).logits[0]
-            assert_close(found[-len(row) :], expected, msg=f"chunks {ends}, row of {len(row)}")
+            close(found[-len(row) :], expected, msg=f"chunks {ends}, row of {len(row)}")
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -275,6 +275,8 @@ def test_configs_of_something_else(change: dict[str, Any], message: str, folder:
         (tiny_official(attention_scale=0.5), r"attention_scale = 0.5 .*1/sqrt\(head_dim\)"),
         (tiny_official(head_dim=8, attention_scale=8**-0.5), "head_dim = 8"),
         (tiny_official(norm_eps=1e-6), "norm_eps = 1e-06"),
+        (tiny_config("sambay-2"), "recurrent_kind = mamba2 .*recurrent layers are Mamba-1"),
+        (tiny_official(gated_memory="normalised"), "gated_memory = normalised .*no norm"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_with_the_reason(

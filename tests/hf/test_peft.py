@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sambay.errors import ConfigError
 from sambay.hf.lora import TARGETS, target_modules
 from sambay.layers.attention import CrossAttention, SelfAttention
+from sambay.layers.gated_delta import GatedDelta
 from sambay.layers.gated_memory import GatedMemoryUnit
 from sambay.layers.mamba import Mamba
+from sambay.layers.mamba2 import Mamba2
 from sambay.layers.mlp import SwiGLU
 from sambay.model import LanguageModel
 from tests.tiny import NAMES, tiny_config
@@ -26,6 +28,8 @@ from tests.hf.tiny_hf import OFFICIAL, fresh_pair  # noqa: E402
 
 CLASSES = {
     "mamba": Mamba,
+    "mamba2": Mamba2,
+    "gated_delta": GatedDelta,
     "attention": SelfAttention,
     "cross_attention": CrossAttention,
     "gated_memory": GatedMemoryUnit,

@@ -254,3 +254,6 @@ def test_what_other_tensors_would_fit_is_said(stored: str, tmp_path: Path) -> No
     if stored not in ("transformer++", "transformer-ls"):  # no tensor tells S from F there
         pattern = model.config.layer_pattern
         assert f"its tensors fit layer_pattern = '{pattern}' (configured: " in message
+    if (kind := model.config.recurrent_kind) != "mamba":
+        assert f"recurrent_kind = '{kind}' (configured: 'mamba')" in message
+        assert "gated_memory = 'normalised' (configured: 'plain')" in message

@@ -18,22 +18,24 @@ from sambay.errors import ConfigError
 from sambay.layers.context import BatchContext
 from sambay.layers.state import LayerState
 from sambay.spec import LayerKind, LayerSpec, ModelConfig
+from sambay.spec.recurrent import state_shape
 
 SELF_ATTENTION = (LayerKind.FULL, LayerKind.SLIDING)  # their cache layers count columns
 
 
 class RecurrentLayer(LayerState):
-    """A linear-attention cache layer as the state of a Mamba mixer.
+    """A linear-attention cache layer as the state of a recurrent mixer.
 
-    Kept in float32: `conv_states[0]` is (B, d_conv - 1, E), oldest first, `recurrent_states[0]` is
-    (B, E, N). The layer owns the tensors; the mixer writes them in place.
+    Kept in float32: `conv_states[0]` is (B, d_conv - 1, channels), oldest first,
+    `recurrent_states[0]` is (B, E, N), (B, H, P, N) or (B, H, K, V), see `StateShape`. The layer
+    owns the tensors; the mixer writes them in place.
     """
 
     def __init__(self, layer: Any, config: ModelConfig, batch: int, device: torch.device) -> None:
         if not layer.is_recurrent_states_initialized[0]:
-            E, options = config.d_inner, {"dtype": torch.float32, "device": device}
-            layer.conv_states[0] = torch.zeros(batch, config.d_conv - 1, E, **options)
-            layer.recurrent_states[0] = torch.zeros(batch, E, config.d_state, **options)
+            shape, options = state_shape(config), {"dtype": torch.float32, "device": device}
+            layer.conv_states[0] = torch.zeros(batch, *shape.conv, **options)
+            layer.recurrent_states[0] = torch.zeros(batch, *shape.ssm, **options)
             layer.conv_kernel_size[0] = config.d_conv - 1
             layer.dtype, layer.device = torch.float32, device
             layer.is_conv_states_initialized[0] = layer.is_recurrent_states_initialized[0] = True
@@ -143,8 +145,8 @@ def layer_states(
             if not hasattr(layer, "recurrent_states"):
                 raise ConfigError(
                     f"past_key_values: layer {spec.index} is "
-                    f"{'missing' if layer is None else 'a ' + type(layer).__name__}, a Mamba layer "
-                    "needs a recurrent state; build the cache with config=model.config"
+                    f"{'missing' if layer is None else 'a ' + type(layer).__name__}, a recurrent "
+                    "layer needs a state; build the cache with config=model.config"
                 )
             states.append(RecurrentLayer(layer, config, batch, device))
         elif spec.kind.keeps_state:

@@ -5,6 +5,7 @@ Both know how to become a `ModelConfig`, from which the one model class is built
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -23,18 +24,18 @@ _MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 _DERIVED = ("num_hidden_layers", "num_layers", "layer_types")
 
 
-class DecoderConfig(PreTrainedConfig):
+class DecoderConfig(PreTrainedConfig, abc.ABC):
     """What both configurations offer to the model and to the caches of transformers."""
 
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
+    @abc.abstractmethod
     def model_config(self) -> ModelConfig:
         """The architecture.
 
         Raises:
             ConfigError: fields that cannot work together.
         """
-        raise NotImplementedError
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -152,10 +153,16 @@ class SambaYConfig(DecoderConfig):
     num_layers = num_hidden_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with what follows from them."""
-        return super().to_dict() | {
+        """All fields but those that only other models have, with what follows from them."""
+        fields = super().to_dict() | {
             "num_hidden_layers": self.num_hidden_layers,
             "layer_types": self.layer_types,
+        }
+        stored = self.model_config().to_dict()
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in stored or name not in _MODEL_FIELDS
         }
 
 

@@ -19,6 +19,8 @@ MLP = "mlp"
 # rates, time-step bias, skip and lambdas, which are not matrices and stay as they were trained.
 TARGETS: dict[str, tuple[str, ...]] = {
     "mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"),
+    "mamba2": ("in_proj", "out_proj"),
+    "gated_delta": ("q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj", "out_proj"),
     "attention": ("q_proj", "kv_proj", "out_proj"),
     "cross_attention": ("q_proj", "out_proj"),
     "gated_memory": ("in_proj", "out_proj"),
@@ -26,7 +28,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 
 _KINDS = {
-    LayerKind.MAMBA: "mamba",
     LayerKind.SLIDING: "attention",
     LayerKind.FULL: "attention",
     LayerKind.CROSS: "cross_attention",
@@ -78,7 +79,9 @@ def _places(config: ModelConfig) -> dict[str, str]:
     """For every kind the model has, a pattern for the modules that hold its matrices."""
     indices: dict[str, list[str]] = {}
     for layer in config.layers:
-        indices.setdefault(_KINDS[layer.kind], []).append(str(layer.index))
+        recurrent = layer.kind is LayerKind.MAMBA
+        kind = config.recurrent_kind.value if recurrent else _KINDS[layer.kind]
+        indices.setdefault(kind, []).append(str(layer.index))
     places = {kind: rf"{_either(found)}\.mixer" for kind, found in indices.items()}
     return {kind: places[kind] for kind in TARGETS if kind in places} | {MLP: r"\d+\.mlp"}
 

@@ -17,11 +17,13 @@ import torch
 from sambay.errors import ConfigError
 from sambay.spec import (
     AttentionVariant,
+    GatedMemory,
     LayerKind,
     MemorySource,
     ModelConfig,
     Norm,
     Position,
+    RecurrentKind,
     format_pattern,
     parse_pattern,
     presets,
@@ -228,6 +230,8 @@ def _window(values: Mapping[str, Any], pattern: str) -> int:
 def _check_expressible(config: ModelConfig) -> None:
     """Raise the first reason why the official class cannot express a model."""
     depth, head_dim = config.num_layers, config.head_dim
+    if config.recurrent_kind is not RecurrentKind.MAMBA:
+        raise _refusal("recurrent_kind", config.recurrent_kind, "its recurrent layers are Mamba-1")
     if depth % 4 or config.layer_pattern != _canonical(depth):
         wanted = f"'{_canonical(depth)}' at this depth" if depth % 4 == 0 else "a multiple of 4"
         raise _refusal("layer_pattern", config.layer_pattern, f"its layers are {wanted}")
@@ -238,6 +242,7 @@ def _check_expressible(config: ModelConfig) -> None:
         ("attention_bias", True, "its attention has biases"),
         ("position", Position.NONE, "it has no positions"),
         ("memory_source", MemorySource.MAMBA, "its memory is that of the last Mamba layer"),
+        ("gated_memory", GatedMemory.PLAIN, "its gated memory units have no norm"),
         ("embedding_multiplier", 1.0, _FOLD),
         ("residual_multiplier", 1.0, _FOLD),
         ("logit_multiplier", 1.0, _FOLD),

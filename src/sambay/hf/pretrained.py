@@ -18,7 +18,9 @@ except ModuleNotFoundError as error:
 from sambay.hf import preflight
 from sambay.hf.configuration import SambaYConfig
 from sambay.layers.attention import DifferentialMaps
+from sambay.layers.gated_delta import GatedDelta
 from sambay.layers.mamba import Mamba
+from sambay.layers.mamba2 import Mamba2
 from sambay.model.init import embedding_fill, head_fill, module_fills
 from sambay.spec import InitScheme
 
@@ -36,6 +38,8 @@ class SambaYPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _keep_in_fp32_modules_strict: ClassVar = {
         *Mamba.float32_parameters,
+        *Mamba2.float32_parameters,
+        *GatedDelta.float32_parameters,
         *DifferentialMaps.float32_parameters,
     }
 

@@ -3,8 +3,9 @@
 Kept as they are: the head, which is the embedding in tied models (quantised on its own it would be
 a second copy); and what computes B, C and the time steps of a Mamba layer: 0.4 % of the weights of
 Phi-4-mini-flash, so little to gain, on which all of a state depends; and its rows of 160 are no
-whole number of the usual groups. Parameters that are no matrices of a linear layer are never
-touched by torchao.
+whole number of the usual groups. The same holds for decay and beta of Gated DeltaNet, a row per
+head; Mamba-2 computes all with one matrix, which is not split for them. Parameters that are no
+matrices of a linear layer are never touched by torchao.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sambay.hf.lora import TARGETS, HasModelConfig, kinds_of, target_modules
 from sambay.spec import ModelConfig
 
 HEAD = "lm_head"
-_KEPT = ("mamba.x_proj", "mamba.dt_proj")
+_KEPT = ("mamba.x_proj", "mamba.dt_proj", "gated_delta.a_proj", "gated_delta.b_proj")
 
 
 def modules_to_not_convert(
@@ -76,6 +77,8 @@ def _row_widths(config: ModelConfig) -> dict[str, int]:
         "mamba.x_proj": inner,
         "mamba.dt_proj": config.dt_rank,
         "mamba.out_proj": inner,
+        "mamba2.out_proj": inner,
+        "gated_delta.out_proj": inner,
         "attention.out_proj": config.attention_size,
         "cross_attention.out_proj": config.attention_size,
         "gated_memory.out_proj": config.memory_size,
