@@ -97,10 +97,7 @@ def test_python_examples_run(tmp_path: Path) -> None:
         for number, example in enumerate(examples, start=1):
             example = example.replace("max_new_tokens=4096", "max_new_tokens=4")
             where = f"{name}, example {number}"
-            program += (
-                f"exec(compile({example!r}, {where!r}, 'exec'), {{'__name__': '__main__'}})\n"
-            )
-            program += "gc.collect()\n"
+            program += f"exec(compile({example!r}, {where!r}, 'exec'), {{}})\n"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
