@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sambay.errors import ConfigError
 from sambay.layers.context import BatchContext, SharedStates
@@ -60,6 +61,25 @@ def test_recomputing_blocks_changes_nothing(name: str) -> None:
         grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     for again in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads[0], again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sambay", "sambay-2", "s-gdny"])
+def test_scans_are_kept_where_only_cheap_work_is_repeated(name: str) -> None:
+    class CountScans(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            is_scan = str(op).startswith("sambay.") and "conv" not in str(op)
+            self.calls += is_scan and "backward" not in str(op)
+            return op(*args, **(kwargs or {}))
+
+    model, counts = tiny_model(name), {}
+    for recompute in ("full", "selective"):
+        model.recompute = recompute
+        with CountScans() as counter:
+            model(random_ids(2, 12)).square().sum().backward()
+        counts[recompute] = counter.calls
+    assert counts == {"full": 6, "selective": 3}  # three recurrent layers
 
 
 def test_cross_layers_teach_the_publisher_of_keys() -> None:

@@ -246,6 +246,7 @@ def test_checkpoints_are_written_while_training_goes_on(
         ({"parallel": ParallelConfig(tensor=3)}, 4, "do not multiply to the 4 processes"),
         ({"parallel": ParallelConfig(tensor=4), "name": "sambay+da"}, 4, "num_kv_heads"),
         ({"parallel": ParallelConfig(tensor=8)}, 8, "num_kv_heads: 4 cannot be divided"),
+        ({"parallel": ParallelConfig(tensor=2), "name": "s-gdny"}, 2, "recurrent_kind = 'gated_d"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(

@@ -23,7 +23,7 @@ Recompute = Literal["none", "selective", "full"]
 
 def _keep_products(context: object, op: object, *args: object, **options: object) -> object:
     """Keep the results of matrix products and scans, the bulk of the work of a block."""
-    kept = op in _PRODUCTS or str(op).startswith("sambay.selective_scan")
+    kept = op in _PRODUCTS or str(op).startswith(_SCANS)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -32,6 +32,7 @@ _PRODUCTS = {
     torch.ops.aten.addmm.default,
     torch.ops.aten.linear.default,
 }
+_SCANS = ("sambay.selective_scan", "sambay.state_space_dual", "sambay.gated_delta")
 
 
 def _call_recomputed(

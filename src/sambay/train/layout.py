@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sambay.errors import ConfigError
+from sambay.spec import RecurrentKind
 from sambay.train.config import RunConfig
 
 
@@ -34,6 +35,11 @@ def sizes_for(config: RunConfig, size: int) -> tuple[int, int, int]:
 
 def _check_tensor_size(config: RunConfig) -> None:
     model, size = config.model, config.parallel.tensor
+    if size > 1 and model.recurrent_kind is not RecurrentKind.MAMBA:
+        raise ConfigError(
+            f"parallel.tensor = {size}: layers of model.recurrent_kind = '{model.recurrent_kind}' "
+            "cannot be divided among processes; set parallel.tensor=1 and use parallel.shard"
+        )
     heads = 2 if model.attention_variant == "differential" else 1  # they work in pairs
     for name, value, unit in (
         ("num_heads", model.num_heads, heads),
