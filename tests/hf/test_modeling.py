@@ -68,7 +68,7 @@ def test_cached_equals_uncached_under_left_padding_chunks_and_steps(
     name: str, static: bool
 ) -> None:
     _, model = pair(name)
-    # Chunks and steps of the delta rule round differently: 1e-5 of logits of 0.8 (1e-14 in float64).
+    # Chunks and steps of the delta rule round differently: by 1e-5 (float64: 1e-14).
     close = functools.partial(assert_close, atol=3e-5) if name == "s-gdny" else assert_close
     rng = random.Random(f"{name}{static}")
     for seed in range(2):

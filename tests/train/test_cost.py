@@ -87,6 +87,8 @@ VARIANTS = [
     *((kind, {"attention_variant": "differential"}) for kind in "SFC"),
     *((kind, {"position": "rope"}) for kind in "SFC"),
     *((kind, {"norm": "layer"}) for kind in BEHIND),
+    *(("M", {"recurrent_kind": kind}) for kind in ("mamba2", "gated_delta")),
+    ("G", {"gated_memory": "normalised"}),
 ]
 
 

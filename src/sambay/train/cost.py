@@ -6,14 +6,18 @@ tensors that torch really keeps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sambay.spec.footprint import layer_cost, parameter_count, training_flops
 from sambay.spec.layers import LayerKind, LayerSpec
 from sambay.spec.model_config import AttentionVariant, ModelConfig, Norm, Position
+from sambay.spec.recurrent import GatedMemory, RecurrentKind, conv_channels
 from sambay.train.config import ActivationCheckpointing, Precision, RunConfig
 
 _STATE_EVERY = 32  # tokens between the scan states kept for its backward
+_CHUNK = 64  # the same of Mamba-2, and the tokens of the delta rule's inverses for long keys
+_DELTA_CHUNKS = ((32, 16), (128, 32))  # for keys up to a size
 _FLOAT, _NARROW = 4, 2
 
 
@@ -138,11 +142,12 @@ def kept_by(config: RunConfig, layer: LayerSpec) -> Kept:
     stream += (3 if has_keys and value == _NARROW else 2) * model.hidden_size * value
     inner = 4 * model.intermediate_size * value  # gate and value, silu, product
     if layer.kind is LayerKind.MAMBA:
-        # convolution input, gate, convolution output, time step, scan output, silu, product
-        inner += 7 * model.d_inner * value + _scan_states(model)
-        stream += (model.dt_rank + 2 * model.d_state) * value
+        recurrence = _RECURRENCES[model.recurrent_kind](model, value)
+        stream, inner = stream + recurrence.stream, inner + recurrence.inner
     elif layer.kind is LayerKind.GATED_MEMORY:
         inner += 3 * model.memory_size * value  # gate, silu, product
+        if model.gated_memory is GatedMemory.NORMALISED:  # in float32: product, normalised
+            inner += 2 * model.memory_size * _FLOAT
     else:
         inner += _attention(config, layer, value)
     return Kept(stream, inner)
@@ -155,8 +160,8 @@ def products_of(config: RunConfig, layer: LayerSpec) -> Kept:
     inner, stream = 2 * model.intermediate_size, 2 * model.hidden_size
     states = 0
     if layer.kind is LayerKind.MAMBA:
-        inner += 4 * model.d_inner  # both halves of the input, time step, scan
-        stream += model.dt_rank + 2 * model.d_state
+        products = _RECURRENT_PRODUCTS[model.recurrent_kind](model)
+        stream, inner = stream + products.stream, inner + products.inner
         states = _scan_states(model)
     elif layer.kind is LayerKind.GATED_MEMORY:
         inner += model.memory_size
@@ -228,8 +233,65 @@ def _band(window: int, length: int) -> tuple[int, int]:
     return -(-(window - 1) // block) * block + block, block
 
 
+def _mamba(model: ModelConfig, value: int) -> Kept:
+    # convolution input, gate, convolution output, time step, scan output, silu, product
+    inner = 7 * model.d_inner * value + _scan_states(model)
+    return Kept((model.dt_rank + 2 * model.d_state) * value, inner)
+
+
+def _mamba2(model: ModelConfig, value: int) -> Kept:
+    joint = model.d_inner + conv_channels(model) + model.recurrent_heads
+    return Kept(
+        0,
+        # what the first matrix gives, the convolution's output, the input of the last matrix
+        (joint + conv_channels(model) + model.d_inner) * value
+        + _gated_norm(model, value)
+        + _scan_states(model),
+    )
+
+
+def _gated_delta(model: ModelConfig, value: int) -> Kept:
+    H, K = model.recurrent_heads, model.recurrent_heads * model.d_state
+    wide = 2 * K if value == _NARROW else 0  # keys and queries once more, to be made unit
+    # The convolution's input and output, unit keys and queries, the input of the last matrix.
+    narrow = 2 * conv_channels(model) + 2 * K + model.d_inner
+    # Rates and lengths, seven per head; o, gate, their product and the norm's two values.
+    floats = 7 * H + wide + 5 * model.d_inner
+    copies = 5 * model.hidden_size * value if value == _NARROW else 0  # for six projections
+    return Kept(copies, narrow * value + floats * _FLOAT + _scan_states(model))
+
+
+def _gated_norm(model: ModelConfig, value: int) -> int:
+    """What the norm behind a gate keeps, all in float32: y, silu(z), product, normalised; z."""
+    return (4 if value == _FLOAT else 5) * model.d_inner * _FLOAT
+
+
+_RECURRENCES = {
+    RecurrentKind.MAMBA: _mamba,
+    RecurrentKind.MAMBA2: _mamba2,
+    RecurrentKind.GATED_DELTA: _gated_delta,
+}
+# Of these the inputs of a convolution and of gates, the time step and the recurrence's output.
+_RECURRENT_PRODUCTS: dict[RecurrentKind, Callable[[ModelConfig], Kept]] = {
+    RecurrentKind.MAMBA: lambda model: Kept(model.dt_rank + 2 * model.d_state, 4 * model.d_inner),
+    RecurrentKind.MAMBA2: lambda model: Kept(
+        0, 2 * model.d_inner + conv_channels(model) + model.recurrent_heads
+    ),
+    RecurrentKind.GATED_DELTA: lambda model: Kept(
+        0, 2 * model.d_inner + conv_channels(model) + 2 * model.recurrent_heads
+    ),
+}
+
+
 def _scan_states(model: ModelConfig) -> int:
-    return model.d_inner * model.d_state * _FLOAT // _STATE_EVERY
+    """Bytes per token of what a recurrence keeps for its backward, float32."""
+    E, N = model.d_inner, model.d_state
+    if model.recurrent_kind is RecurrentKind.MAMBA:
+        return E * N * _FLOAT // _STATE_EVERY
+    if model.recurrent_kind is RecurrentKind.MAMBA2:
+        return E * N * _FLOAT // _CHUNK
+    chunk = next((size for keys, size in _DELTA_CHUNKS if keys >= N), _CHUNK)
+    return (E + model.recurrent_heads * chunk) * _FLOAT  # changes and inverses instead of states
 
 
 def _loss_bytes(config: RunConfig, layout: Layout, tokens: int) -> int:
