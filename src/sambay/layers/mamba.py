@@ -16,7 +16,7 @@ from sambay.layers.own_part import own_part
 from sambay.layers.precision import Float32Parameters
 from sambay.layers.projection import ResidualProjection
 from sambay.layers.roles import Role
-from sambay.layers.state import MambaState
+from sambay.layers.state import RecurrentState
 from sambay.ops.causal_conv import causal_conv, causal_conv_step
 from sambay.ops.selective_scan import selective_scan, selective_scan_step
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
@@ -59,7 +59,11 @@ class Mamba(Float32Parameters):
         self.publishes_memory = layer.publishes_memory is MemorySource.MAMBA
 
     def forward(
-        self, x_BTD: Tensor, context: BatchContext, shared: SharedStates, state: MambaState | None
+        self,
+        x_BTD: Tensor,
+        context: BatchContext,
+        shared: SharedStates,
+        state: RecurrentState | None,
     ) -> tuple[Tensor, SharedStates]:
         """(B, T, D) to (B, T or keep, D); advances `state` by T columns if there is one."""
         u_BTE, z_BTE = self.in_proj(x_BTD).chunk(2, dim=-1)
@@ -69,7 +73,7 @@ class Mamba(Float32Parameters):
             shared = shared._replace(memory=y_BTE)
         return self.out_proj(y_BTE * F.silu(z_BTE)), shared
 
-    def _mix(self, u_BTE: Tensor, context: BatchContext, state: MambaState | None) -> Tensor:
+    def _mix(self, u_BTE: Tensor, context: BatchContext, state: RecurrentState | None) -> Tensor:
         """Convolution and scan over the columns; the scan output with the D skip, (B, T, E)."""
         padding, resets = context.padding(u_BTE.device), context.resets()
         single = u_BTE.shape[1] == 1 and padding is None and not torch.is_grad_enabled()
@@ -101,7 +105,7 @@ class Mamba(Float32Parameters):
             state.buffers["conv"].copy_(tail[:, tail.shape[1] - conv_state.shape[1] :])
         return y_BTE
 
-    def _mix_one(self, u_BE: Tensor, state: MambaState) -> Tensor:
+    def _mix_one(self, u_BE: Tensor, state: RecurrentState) -> Tensor:
         """One decode step, (B, E)."""
         x_BE = causal_conv_step(
             u_BE, self.conv_weight, self.conv_bias, state_BCE=state.buffers["conv"]

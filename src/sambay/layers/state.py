@@ -59,13 +59,6 @@ class RecurrentState(LayerState):
         )
 
 
-class MambaState(RecurrentState):
-    """The state of Mamba from its sizes: `conv` (B, d_conv - 1, E) and `ssm` (B, E, N)."""
-
-    def __init__(self, batch: int, d_conv: int, E: int, N: int, device: torch.device) -> None:
-        super().__init__(batch, StateShape((d_conv - 1, E), (E, N)), device)
-
-
 class KVState(LayerState, abc.ABC):
     """Keys and values of attention, (B, K, columns, P) each.
 
