@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from sambay.cli.main import main
+from sambay.cli.scaling.fit import _laws
+from sambay.scaling.fit import NoiseSource
+from sambay.scaling.fit_points import Resource, read_points
 from sambay.scaling.published import published_studies
 
 SIZES = (1e13, 6e13, 3e14, 2e15, 1e16)
@@ -49,14 +52,16 @@ def test_writes_a_table_numbers_and_pictures(
         assert "Date" not in svg  # the same input gives the same picture
 
 
-@pytest.mark.parametrize("noise", ["pooled", "seeds", "0.002"])
-def test_noise_can_be_chosen(
-    noise: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["scaling", "fit", str(table(tmp_path)), "--draws", "200", "--noise", noise]
-    assert main(words) == 0
-    cell = {"pooled": "(8, given)", "seeds": "(2, seeds)", "0.002": "0.00200 (known, given)"}
-    assert cell[noise] in capsys.readouterr().out
+def test_noise_can_be_chosen(tmp_path: Path) -> None:
+    points = list(read_points(table(tmp_path), Resource.FLOPS).points)
+    own = _laws("auto", points)
+    assert [law.noise.freedom for law in own] == [4, 4]
+    known, pooled, seeds = (_laws(word, points) for word in ("0.002", "pooled", "seeds"))
+    assert [law.noise.sigma for law in known] == [0.002, 0.002]
+    assert [law.noise.freedom for law in pooled] == [8, 8]
+    assert pooled[0].noise == pooled[1].noise
+    assert [law.noise.source for law in seeds] == [NoiseSource.SEEDS] * 2
+    assert [law.C for law in known] == [law.C for law in own]
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,12 @@ def test_shared_noise_cancels_in_paired_runs() -> None:
     widths = {}
     for shared in (0.0, 0.99):
         found = []
-        for group in range(4):
+        for group in range(3):
             made = compare(
                 law("a", FIRST, 3e-3, 10 * group + 1, shared),
                 law("b", FIRST, 3e-3, 10 * group + 2, shared),
                 [1e15],
-                draws=300,
+                draws=150,
             )
             assert made.is_paired
             interval = made.losses[1e15].interval
@@ -118,7 +118,7 @@ def test_other_runs_or_a_given_noise_are_drawn_independently() -> None:
     fewer = fit_power_law(Points.of("b", X[:4], second.points.losses[:4]))
     assert not compare(first, fewer, [1e15], draws=200).is_paired
     known = Noise(1e-3, math.inf, NoiseSource.GIVEN)
-    made = compare(first.with_noise(known), second.with_noise(known), [float(X[2])], draws=4000)
+    made = compare(first.with_noise(known), second.with_noise(known), [float(X[2])], draws=2000)
     assert not made.is_paired
     # Each curve's variance at a measured point is sigma^2 times its leverage; see the hat matrix.
     power = np.exp(-first.b * np.log(X / X[2]))

@@ -41,7 +41,7 @@ def test_planted_constants_come_back_exactly_without_noise(
     assert law.at_bound == ()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("sigma", [1e-4, 3e-3, 2e-2])
 def test_scipy_and_the_fast_solver_find_the_same_minimum(seed: int, sigma: float) -> None:
     for x, constants in ((FLOPS, (40.0, 0.07, 0.6)), (np.repeat(TOKENS, 2), (1.2, 0.4, 1.82))):

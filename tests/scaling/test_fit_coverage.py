@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from sambay.scaling.compare import compare
-from sambay.scaling.fit import _standard_errors, fit_power_law, student_quantile
+from sambay.scaling.fit import (
+    Noise,
+    NoiseSource,
+    PowerLaw,
+    _standard_errors,
+    fit_power_law,
+    student_quantile,
+)
 from sambay.scaling.fit_intervals import noise_scale
 from sambay.scaling.fit_points import Points
 from sambay.scaling.fit_solver import Fits, Fixed, Quantity, fit_rows
@@ -84,8 +92,8 @@ def test_bootstrap_intervals_cover_five_points() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("design", DESIGNS)
 def test_bootstrap_intervals_cover(design: str) -> None:
-    for quantity, covered in bootstrap_coverage(design, trials=500, draws=500).items():
-        assert 0.91 < covered < 0.98, (quantity, covered)
+    for quantity, covered in bootstrap_coverage(design, trials=300, draws=300).items():
+        assert 0.91 < covered < 0.985, (quantity, covered)
 
 
 def test_two_standard_errors_would_cover_too_little() -> None:
@@ -99,16 +107,32 @@ def test_two_standard_errors_would_cover_too_little() -> None:
     assert np.mean(held) < 0.88
 
 
+def refitted(law: PowerLaw, losses: np.ndarray) -> PowerLaw:
+    """The law of other losses at the same D, by the fast solver."""
+    fits = fit_rows(law.x, losses[None])
+    freedom = len(losses) - 3
+    noise = Noise(math.sqrt(fits.rss[0] / freedom), freedom, NoiseSource.RESIDUALS)
+    return dataclasses.replace(
+        law, A=float(fits.A[0]), b=float(fits.b[0]), C=float(fits.C[0]), noise=noise,
+        points=dataclasses.replace(law.points, losses=tuple(losses.tolist())),
+        residuals=losses - fits.predict(law.x)[0],
+    )  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [0.0, 0.8])
-@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize(("shared", "seeds"), [(0.0, 1), (0.8, 1), (0.8, 2)])
 def test_intervals_of_differences_cover(shared: float, seeds: int) -> None:
     """Noise that two architectures share, as from the same data, or do not."""
-    trials, x = 300, np.repeat(FIVE, seeds)
+    trials, x = 200, np.repeat(FIVE, seeds)
     first, second = (40.57, 0.0702, 0.607), (39.79, 0.0694, 0.585)
     at = [float(FIVE[2]), 10 * float(FIVE[-1])]
     generator = np.random.default_rng(5)
     labels = list(range(seeds)) * len(FIVE)
+    ripple = 1e-4 * np.cos(np.arange(len(x)))
+    templates = {
+        name: fit_power_law(Points.of(name, x, A * x**-b + C + ripple, labels))
+        for name, (A, b, C) in (("first", first), ("second", second))
+    }
     held = []
     for trial in range(trials):
         common = math.sqrt(shared) * generator.standard_normal(len(x))
@@ -116,8 +140,8 @@ def test_intervals_of_differences_cover(shared: float, seeds: int) -> None:
         for name, (A, b, C) in (("first", first), ("second", second)):
             own = math.sqrt(1 - shared) * generator.standard_normal(len(x))
             losses = A * x**-b + C + 0.001 * (common + own)
-            laws.append(fit_power_law(Points.of(name, x, losses, labels)))
-        made = compare(laws[0], laws[1], at, draws=400, seed=trial)
+            laws.append(refitted(templates[name], losses))
+        made = compare(laws[0], laws[1], at, draws=200, seed=trial)
         true = [first[0] * D ** -first[1] + first[2] - second[0] * D ** -second[1] - second[2]
                 for D in at]  # fmt: skip
         held.append(
