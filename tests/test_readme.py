@@ -78,8 +78,13 @@ def test_every_subcommand_is_shown_and_answers_help() -> None:
 @pytest.mark.parametrize("words", SHOWN, ids=" ".join)
 def test_options_shown_are_accepted(words: list[str]) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    importlib.import_module(f"sambay.cli.{words[1]}").add_arguments(parser)
-    parser.parse_args(words[2:])
+    command, rest = importlib.import_module(f"sambay.cli.{words[1]}"), words[2:]
+    if hasattr(command, "SUBCOMMANDS"):
+        assert rest[0] in command.SUBCOMMANDS
+        module = rest[0].replace("-", "_")
+        command, rest = importlib.import_module(f"{command.__name__}.{module}"), rest[1:]
+    command.add_arguments(parser)
+    parser.parse_intermixed_args(rest)
 
 
 # Nothing has to be prepared for these, or a small checkpoint of the same layout can stand in.

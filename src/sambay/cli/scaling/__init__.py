@@ -6,5 +6,5 @@ SUBCOMMANDS = {
     "fit": "fit L = A D^-b + C to a table's losses and compare architectures",
     "coord-check": "measure how activations and updates change with width and depth",
     "transfer": "sweep the learning rate at several depths and show where the best one is",
-    "table": "print learning rate, weight decay and initialisation by role of parameter",
+    "table": "print sizes, tokens, rates and FLOPs of architectures at several depths",
 }
