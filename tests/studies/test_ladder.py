@@ -31,7 +31,7 @@ from sambay.studies.members import Member, Order, expand, in_order, run_flops
 from sambay.studies.progress import Display
 from sambay.studies.queue import Claim, Slot, slots
 from sambay.studies.results import result_of
-from sambay.studies.table import page, read_table
+from sambay.studies.table import on_one_axis, page, read_table
 from sambay.train.config import (
     BatchConfig,
     CheckpointConfig,
@@ -233,6 +233,22 @@ def test_a_damaged_table_is_no_reason_to_lose_runs(
     (tmp_path / "table.json").unlink()
     assert climb(members, tmp_path).rows == before
     assert events(tmp_path, "start") == ["sambay-d8-s1"]
+
+
+def test_the_papers_flops_are_those_of_the_reference_of_the_same_depth() -> None:
+    def row(architecture: str, depth: int, parameters: int) -> dict[str, Any]:
+        counts = {"parameters_without_embeddings": parameters, "tokens": 10}
+        return {"architecture": architecture, "depth": depth} | counts
+
+    rows = {
+        "a": row("transformer++", 8, 100),
+        "b": row("sambay", 8, 103),
+        "c": row("sambay", 12, 205),
+        "d": {"architecture": "sambay+da", "depth": 12, "state": "unbuildable"},
+    }
+    written = on_one_axis(rows)
+    flops = {name: row.get("paper_flops") for name, row in written.items()}
+    assert flops == {"a": 6000, "b": 6000, "c": 12300, "d": None}
 
 
 # What is trained

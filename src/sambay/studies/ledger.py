@@ -22,7 +22,7 @@ from sambay.studies.results import (
     finished_row,
     result_of,
 )
-from sambay.studies.table import Row, locked, read_table, write_table
+from sambay.studies.table import Row, locked, on_one_axis, read_table, write_table
 
 EVENTS = "ladder.jsonl"
 
@@ -101,6 +101,7 @@ class Ledger:
         with locked(self.out):
             rows = read_table(self.out)
             rows |= {one.name: self.row(one, rows.get(one.name)) for one in self.members}
+            rows = on_one_axis(rows)
             write_table(self.out, rows)
         return rows
 

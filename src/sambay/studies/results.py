@@ -113,16 +113,14 @@ def described(member: Member, facts: dict[str, Any] | None) -> dict[str, Any]:
     config = member.config
     if config is None:
         return row | {"state": UNBUILDABLE, "reason": member.reason}
-    inner = parameter_count(config.model, embeddings=False)
     tokens = config.num_steps * config.tokens_per_step
     return row | {
         "width": config.model.hidden_size,
         "parameters": parameter_count(config.model),
-        "parameters_without_embeddings": inner,
+        "parameters_without_embeddings": parameter_count(config.model, embeddings=False),
         "steps": config.num_steps,
         "tokens": tokens,
         "flops": member.flops,
-        "paper_flops": 6 * inner * tokens,
         "validation_loss": None,
         "validation_bits_per_byte": None,
         "seconds": None,

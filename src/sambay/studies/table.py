@@ -3,10 +3,9 @@
 table.json: {"format_version": 1, "runs": [row, ...]}; a row has name, architecture, depth, seed,
 state (finished, pending, failed, diverged, unbuildable), the reason where there is one, width,
 parameters, parameters_without_embeddings, steps, tokens, flops (of the whole run, every part),
-paper_flops (6 N T without attention and embeddings, as in arXiv 2507.06607, section 3, but with N
-and T of the run itself), validation_loss (nats per token), validation_bits_per_byte, seconds, place
-(device, threads, versions), peak_learning_rate, precision, order_seed, and data: what must agree in
-all runs.
+paper_flops (6 N T without attention and embeddings, see `on_one_axis`), validation_loss (nats per
+token), validation_bits_per_byte, seconds, place (device, threads, versions), peak_learning_rate,
+precision, order_seed, and data: what must agree in all runs.
 Imports no torch.
 """
 
@@ -21,6 +20,7 @@ from typing import Any
 
 from sambay.errors import DataError
 from sambay.files import WriteFailed, atomic_write, write_json
+from sambay.scaling.iso import REFERENCE
 from sambay.train.display import duration
 
 TABLE, PAGE, LOCK = "table.json", "table.md", ".table.lock"
@@ -51,6 +51,29 @@ def read_table(out: Path) -> dict[str, Row]:
             f"{path}: format_version = {version!r}, this version of sambay reads {FORMAT_VERSION}"
         )
     return rows
+
+
+def on_one_axis(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows with the paper's FLOPs: N and T are the Transformer++'s of the same depth.
+
+    So architectures of one depth stand above each other (arXiv 2507.06607, figure 2, and its
+    code). Where the table has no Transformer++ of a depth, N and T are the run's own.
+    """
+    shared = {
+        row["depth"]: _paper_flops(row)
+        for row in rows.values()
+        if row["architecture"] == REFERENCE and "tokens" in row
+    }
+    return {
+        name: row | {"paper_flops": shared.get(row["depth"], _paper_flops(row))}
+        if "tokens" in row
+        else row
+        for name, row in rows.items()
+    }
+
+
+def _paper_flops(row: Row) -> int:
+    return 6 * row["parameters_without_embeddings"] * row["tokens"]
 
 
 def write_table(out: Path, rows: Mapping[str, Row]) -> None:
