@@ -188,7 +188,7 @@ def test_publishers_learn_from_their_readers(publisher: str, target: str, way: s
 @pytest.mark.parametrize("kind", TARGETS)
 def test_each_kind_learns_alone(kind: str) -> None:
     """The gradient must reach it through frozen layers, gated memory and shared keys."""
-    model = native()
+    model = native({"mamba2": "sambay-2", "gated_delta": "s-gdny"}.get(kind, "sambay+da"))
     layers = linear_layers(model, kind)
     model = adapted(model, target_modules(model.config, [kind]))
     assert replaced(model) == layers

@@ -23,6 +23,7 @@ PARAMETERS = {
     "demo_transformer": 6_073_808,
     "sambay_20m": 21_084_288,
     "transformer_20m": 21_101_200,
+    "small_ladder": 41_200,
     "sambay_1b": 1_065_818_688,
     "transformer_1b": 1_038_682_112,
     "ladder": 1_065_818_688,
