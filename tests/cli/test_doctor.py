@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from sambay.cli import doctor
 from sambay.ops import registry
+from sambay.ops.native import library
 
 
 def run(*words: str) -> int:
@@ -80,13 +78,15 @@ def test_missing_package_names_the_remedy(
     assert 'pip install "sambay[data]"' in line
 
 
-def test_without_a_compiler_the_reason_is_shown(tmp_path: Path) -> None:
-    environment = os.environ | {"CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-m", "sambay.cli.main", "doctor", "--json"],
-        capture_output=True, text=True, check=True, env=environment,
-    )  # fmt: skip
-    report = json.loads(result.stdout)
+def test_without_a_compiler_the_reason_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # As in a process that has not asked for the kernels yet.
+    monkeypatch.setattr(library, "_outcome", None)
+    assert run("--json") == 0
+    report = json.loads(capsys.readouterr().out)
     compiler, kernels, cache = report["compiler"]
     assert compiler["value"] == kernels["value"] == "none"
     assert "no-such-compiler" in kernels["remark"]

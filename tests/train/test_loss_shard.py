@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from sambay.train.loss import IGNORE, VocabularyShard, cross_entropy
+from tests.train.processes import together
 
 VOCAB = 11
 OPTIONS = [{}, {"smoothing": 0.1}, {"z_loss": 1e-2}, {"smoothing": 0.3, "z_loss": 1e-3}]
@@ -30,8 +31,8 @@ def _inputs(dtype: torch.dtype, ignored: bool) -> tuple[torch.Tensor, ...]:
     return h.requires_grad_(), weight.requires_grad_(), labels
 
 
-def _process(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
+def _process(rendezvous: Path) -> None:
+    rank = int(os.environ["RANK"])
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
@@ -74,4 +75,4 @@ def _process(rank: int, rendezvous: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_a_split_vocabulary_equals_a_whole_one(tmp_path: Path) -> None:
-    spawn(_process, (str(tmp_path / "rendezvous"),), nprocs=2)
+    together(2, lambda: _process(tmp_path / "rendezvous"), tmp_path)
