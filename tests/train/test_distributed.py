@@ -97,18 +97,28 @@ def test_many_processes_learn_what_one_learns(
 
 
 def test_replicas_of_shards(make: MakeConfig, tmp_path: Path) -> None:
-    """Two copies of the model on two processes each; batches in pieces; documents apart."""
+    """Two copies of the model on two processes each; batches in pieces; documents apart.
+
+    Recomputed on the way back as well, with an untied head.
+    """
     data = DataConfig(
         make().data.directory, SEQUENCE, separate_documents=True, packing=Packing.BEST_FIT
     )
     config = make(
-        steps=2, data=data, batch=BatchConfig(BATCH, 1), parallel=ParallelConfig(replicate=2)
+        "sambay+da",
+        steps=2,
+        data=data,
+        batch=BatchConfig(BATCH, 1),
+        parallel=ParallelConfig(replicate=2),
+        activation_checkpointing=ActivationCheckpointing.SELECTIVE,
+        model=tiny_config("sambay+da", vocab_size=make().model.vocab_size, tie_embeddings=False),
     )
     alone = replace(config, parallel=ParallelConfig())
     assert_close(run(4, config, tmp_path / "four"), run(1, alone, tmp_path / "one"))
 
 
-@pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputing_in_shards(recompute: str, make: MakeConfig, tmp_path: Path) -> None:
     config = make(
         "sambay+da",
@@ -178,7 +188,7 @@ def test_initial_weights_do_not_depend_on_the_number_of_processes(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(2, 1), pytest.param(1, 2, marks=SLOW), pytest.param(2, 4, marks=SLOW)],
+    [pytest.param(*pair, marks=SLOW) for pair in ((2, 1), (1, 2), (2, 4))],
 )
 def test_another_number_of_processes_continues(
     before: int, after: int, make: MakeConfig, tmp_path: Path

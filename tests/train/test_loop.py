@@ -44,7 +44,10 @@ from tests.train.conftest import GLOBAL_BATCH, SEQUENCE, make_data
 MakeConfig = Callable[..., RunConfig]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "micro_batch_size",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_accumulation_equals_one_big_batch(
     micro_batch_size: int, make_config: MakeConfig, tmp_path: Path
 ) -> None:

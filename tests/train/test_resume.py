@@ -87,7 +87,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# The regularised run in test_regularisation.py accumulates too.
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("accumulated", "transformer")
+        else name
+        for name in VARIANTS
+    ],
+)
 def test_resumed_equals_uninterrupted(
     variant: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -167,9 +176,11 @@ def test_fresh_refuses_what_is_not_a_run(make_config: MakeConfig, tmp_path: Path
     assert (tmp_path / "model" / "precious").exists()
 
 
-@pytest.mark.parametrize(
-    ("section", "change", "expected"),
-    [
+def test_another_configuration_is_refused_by_field(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(steps=2)
+    train(config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    for section, change, expected in (
         ("model", {"window": 6}, "model.window = 6, but .* was made with 5"),
         ("optimizer", {"peak_learning_rate": 1e-4}, "peak_learning_rate = 0.0001, .* 0.003"),
         ("optimizer", {"weight_decay": 0.0}, "--change-schedule"),
@@ -179,19 +190,12 @@ def test_fresh_refuses_what_is_not_a_run(make_config: MakeConfig, tmp_path: Path
         ("", {"seed": 1}, "seed = 1, but .* 5"),
         ("", {"precision": "bf16"}, "precision = 'bf16', but .* 'fp32'"),
         ("", {"init_scheme": "standard"}, "init_scheme = 'standard'"),
-    ],
-)
-def test_another_configuration_is_refused_by_field(
-    section: str, change: dict[str, Any], expected: str, make_config: MakeConfig, tmp_path: Path
-) -> None:
-    config = make_config(steps=2)
-    train(config, tmp_path)
-    values = config.to_dict()
-    (values[section] if section else values).update(change)
-    before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(CheckpointMismatch, match=expected):
-        train(RunConfig.from_dict(values), tmp_path)
-    assert (tmp_path / "config.json").read_bytes() == before
+    ):
+        values = config.to_dict()
+        (values[section] if section else values).update(change)
+        with pytest.raises(CheckpointMismatch, match=expected):
+            train(RunConfig.from_dict(values), tmp_path)
+        assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_fields_that_change_no_result_may_change(make_config: MakeConfig, tmp_path: Path) -> None:

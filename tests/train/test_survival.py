@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from sambay.cli.main import main
 from sambay.data.batch_source import BatchSource
 from sambay.files import write_json
 from sambay.train import trainer
@@ -37,6 +39,7 @@ from sambay.train.run_dir import claimed
 from sambay.train.watchdog import Watchdog
 from tests.train.conftest import SEQUENCE
 from tests.train.processes import Ended, finish, start, together
+from tests.train.test_distributed import assert_close
 from tests.train.test_resume import StopAt, assert_same_run, lines
 
 MakeConfig = Callable[..., RunConfig]
@@ -112,11 +115,20 @@ def test_kill_9_of_one_process_at_random_moments(
 
 
 @pytest.mark.parametrize(
-    ("rank", "number"),
-    [(1, signal.SIGTERM), pytest.param(0, signal.SIGINT, marks=pytest.mark.slow)],
+    ("rank", "number", "to_the_end"),
+    [
+        (1, signal.SIGTERM, False),
+        pytest.param(1, signal.SIGTERM, True, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGINT, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
-    rank: int, number: int, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int,
+    number: int,
+    to_the_end: bool,
+    make: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also when it comes three times, from the terminal and from the launcher."""
     plain = BatchSource.batch
@@ -134,6 +146,8 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(
         outcomes = two(config, run_dir)
     assert [(one.progress.step, one.stopped_by) for one in outcomes] == [(3, number)] * 2
     assert CheckpointStore(run_dir, config.checkpoint).steps() == [3]
+    if not to_the_end:
+        return
     two(config, run_dir)
     two(config, tmp_path / "whole")
     assert_same_run(run_dir, tmp_path / "whole")
@@ -162,19 +176,19 @@ def poison(
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_all(
     make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make()
-    poison(monkeypatch, {3}, math.nan, rank=1)
+    config = make(steps=4, checkpoint=CheckpointConfig(every_steps=100))
+    poison(monkeypatch, {2}, math.nan, rank=1)
     outcomes = two(config, tmp_path / "two")
     assert [one.progress.skipped for one in outcomes] == [1, 1]
     log = {line["step"]: line for line in read_metrics(tmp_path / "two")}
-    assert "skipped" not in log[2]
-    assert log[3]["skipped"] == log[6]["skipped"] == 1
-    assert math.isfinite(log[6]["loss"])
-    poison(monkeypatch, {3}, math.nan)
+    assert "skipped" not in log[1]
+    assert log[2]["skipped"] == log[4]["skipped"] == 1
+    assert math.isfinite(log[4]["loss"])
+    poison(monkeypatch, {2}, math.nan)
     one = train(config, tmp_path / "one")
-    assert one.progress.updates == 5
+    assert one.progress.updates == 3
     last = read_metrics(tmp_path / "one")[-1]
-    assert last["loss"] == pytest.approx(log[6]["loss"], abs=1e-5)
+    assert last["loss"] == pytest.approx(log[4]["loss"], abs=1e-5)
 
 
 def test_a_skipped_step_survives_a_restart(
@@ -277,7 +291,10 @@ def test_a_full_disk_under_one_process_stops_all_and_leaves_the_last_checkpoint(
     assert all("the disk is full" in str(one.error) for one in both), [one.error for one in both]
     left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert left == ["step-00000002"]
-    assert two(config, tmp_path / "run")[0].progress.step == 6
+    # What two left one continues: also a test of a changed number of processes.
+    assert train(config, tmp_path / "run").progress.step == 6
+    train(config, tmp_path / "whole")
+    assert_close(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("how", ["sleeping", pytest.param("frozen", marks=pytest.mark.slow)])
@@ -360,6 +377,32 @@ def test_another_recipes_checkpoint_is_refused_in_all_processes(
         assert "seed = 6, but" in str(one.error)
 
 
+def assert_like_one(config: RunConfig, folder: Path, printed: str) -> None:
+    """What two processes wrote below `folder`, and together printed, against one process."""
+    assert printed.count("finished 3 steps") == 1
+    assert printed.count("learning rate") == 1
+    train(config, folder / "one")
+    for mine, theirs in zip(
+        read_metrics(folder / "two"), read_metrics(folder / "one"), strict=True
+    ):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_the_command_runs_in_several_processes(make: MakeConfig, tmp_path: Path) -> None:
+    config = make(steps=3, checkpoint=CheckpointConfig(every_steps=100))
+    write_json(tmp_path / "config.json", config.to_dict())
+    words = ["train", str(tmp_path / "config.json"), "--run-dir", str(tmp_path / "two")]
+    printed = tmp_path / "printed"
+
+    def action() -> int:
+        with printed.open("a") as file, contextlib.redirect_stdout(file):
+            return main([*words, "batch.micro_batch_size=1"])
+
+    assert together(2, action, tmp_path / "answers") == [0, 0]
+    assert_like_one(config, tmp_path, printed.read_text())
+
+
+@pytest.mark.slow
 def test_torchrun_starts_the_same_command(make: MakeConfig, tmp_path: Path) -> None:
     config = make(steps=3)
     write_json(tmp_path / "config.json", config.to_dict())
@@ -368,10 +411,4 @@ def test_torchrun_starts_the_same_command(make: MakeConfig, tmp_path: Path) -> N
     words = [*command, "--run-dir", str(tmp_path / "two"), "batch.micro_batch_size=1"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished 3 steps") == 1
-    assert done.stdout.count("learning rate") == 1
-    train(config, tmp_path / "one")
-    for mine, theirs in zip(
-        read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True
-    ):
-        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    assert_like_one(config, tmp_path, done.stdout)
