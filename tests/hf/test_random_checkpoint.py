@@ -152,7 +152,23 @@ for case in cases:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks the Linux kernel")
-def test_a_load_needs_little_more_than_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [(Layout.OFFICIAL, "bfloat16", ("bfloat16", "float32"))],
+        pytest.param(
+            [
+                (Layout.OFFICIAL, "float32", ("bfloat16",)),
+                (Layout.NATIVE, "bfloat16", ("bfloat16", "float32")),
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["official", "others"],
+)
+def test_a_load_needs_little_more_than_the_model(
+    layouts: list[tuple[Layout, str, tuple[str, ...]]], tmp_path: Path
+) -> None:
     """At most 1.15 times the model, and never much less, which would mean it was not measured.
 
     Half of this model is its embedding, so a second copy of the largest tensor would show.
@@ -162,11 +178,7 @@ def test_a_load_needs_little_more_than_the_model(tmp_path: Path) -> None:
         intermediate_size=1024, vocab_size=60_000,
     )  # fmt: skip
     cases = []
-    for layout, stored, wanted in (
-        (Layout.OFFICIAL, "bfloat16", ("bfloat16", "float32")),
-        (Layout.OFFICIAL, "float32", ("bfloat16",)),
-        (Layout.NATIVE, "bfloat16", ("bfloat16", "float32")),
-    ):
+    for layout, stored, wanted in layouts:
         folder = tmp_path / f"{layout}-{stored}"
         write_random_checkpoint(
             folder, big, layout, dtype=getattr(torch, stored), max_shard_bytes=40 << 20

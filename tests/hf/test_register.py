@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import sambay
+from sambay.hf.register import _AfterImport
+from tests.train.processes import together
 
 KNOWN = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -32,6 +37,30 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
+def test_a_later_import_of_sambay_registers_at_once(tmp_path: Path) -> None:
+    """In a fork in which the Auto classes are imported, and know nothing of sambay."""
+
+    def action() -> None:
+        from transformers import AutoConfig
+        from transformers.models.auto import configuration_auto, modeling_auto
+
+        for mapping in (
+            configuration_auto.CONFIG_MAPPING,
+            modeling_auto.MODEL_MAPPING,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        ):
+            mapping._extra_content.clear()
+        sys.meta_path[:] = [one for one in sys.meta_path if not isinstance(one, _AfterImport)]
+        with pytest.raises(ValueError, match="sambay"):
+            AutoConfig.for_model("sambay")
+        for _ in range(2):  # the second does no harm
+            importlib.reload(sambay)
+        exec(KNOWN, {})
+
+    together(1, action, tmp_path)
+
+
+@pytest.mark.slow
 def test_auto_classes_know_both_types_when_they_were_imported_before_sambay() -> None:
     """The other order is that of every test here. A second import does no harm."""
     done = run(
@@ -62,6 +91,7 @@ def test_transformers_alone_stays_as_lazy_as_it_is() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # among the imports of everything in tests/test_imports.py otherwise
 def test_without_transformers_the_core_works_and_the_classes_say_what_is_missing() -> None:
     done = run(
         f"{HIDDEN}\n"

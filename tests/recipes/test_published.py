@@ -193,14 +193,13 @@ def miniature(config: RunConfig, data: Path) -> RunConfig:
 @pytest.mark.parametrize(
     "config",
     [
-        ladder("sambay", 8),
-        ladder("transformer++", 8, Parametrization.STANDARD),
-        data_scaling("samba+yoco"),
-        prolong_32k("transformer-ls"),
-        prolong_32k("sambay+da"),
-        phi4_mini_flash(),
+        pytest.param(ladder("sambay", 8), marks=pytest.mark.slow, id="ladder"),
+        pytest.param(ladder("transformer++", 8, Parametrization.STANDARD), id="standard"),
+        pytest.param(data_scaling("samba+yoco"), marks=pytest.mark.slow, id="data"),
+        pytest.param(prolong_32k("transformer-ls"), marks=pytest.mark.slow, id="rope"),
+        pytest.param(prolong_32k("sambay+da"), id="differential"),
+        pytest.param(phi4_mini_flash(), id="flash"),
     ],
-    ids=["ladder", "standard", "data", "rope", "differential", "flash"],
 )
 def test_two_steps_in_miniature(config: RunConfig, data: Path, tmp_path: Path) -> None:
     small = miniature(config, data)
