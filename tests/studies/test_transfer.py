@@ -221,12 +221,12 @@ def test_the_best_rate_stays_within_one_step_over_three_depths(tmp_path: Path) -
     def build(parametrization: Parametrization, depth: int, seed: int) -> RunConfig:
         from sambay.cli.overrides import apply_overrides
 
-        tokens = 64 * 16 * 128
+        tokens = 160 * 16 * 128  # with 64 steps the best of neighbouring rates is chance
         config = small_ladder("sambay", depth, seed, tokens, parametrization=parametrization)
         changes = ["threads=1", "evaluation.every_steps=1000", "evaluation.max_tokens=16384"]
         return apply_overrides(config, [f"data.directory={tmp_path / 'data'}", *changes])
 
-    factors = [0.25, 0.5, 1.0, 2.0, 4.0]
+    factors = [0.25, 0.5, 1.0, 2.0]
     members = expand(build, "sambay", [PLUS], [8, 12, 16], factors, [1])
     assert train_all(members, tmp_path) == []
     result = collect(members, Ledger(members, tmp_path).write(), tmp_path)
