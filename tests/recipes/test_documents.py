@@ -68,7 +68,10 @@ def test_words_are_accepted(words: list[str]) -> None:
     parser = argparse.ArgumentParser(exit_on_error=False)
     train.add_arguments(parser)
     parser.parse_intermixed_args(words)
-    configured(*split(words))
+    recipe, changes = split(words)
+    name, config = configured(recipe, changes)
+    assert name.startswith(recipe)
+    assert config.num_steps >= 1
 
 
 @pytest.mark.parametrize(("words", "shown"), TABLES)

@@ -31,7 +31,7 @@ def _inputs(dtype: torch.dtype, ignored: bool) -> tuple[torch.Tensor, ...]:
     return h.requires_grad_(), weight.requires_grad_(), labels
 
 
-def _process(rendezvous: Path) -> None:
+def _process(rendezvous: Path) -> int:
     rank = int(os.environ["RANK"])
     dist.init_process_group(
         "gloo",
@@ -42,6 +42,7 @@ def _process(rendezvous: Path) -> None:
     )
     group = dist.new_group([0, 1])
     assert group is not None
+    compared = 0
     for dtype in DTYPES:
         exact = dtype == torch.float64
         for sizes in SIZES:
@@ -66,13 +67,16 @@ def _process(rendezvous: Path) -> None:
                     values = [torch.empty_like(split.objective) for _ in range(2)]
                     dist.all_gather(values, split.objective.detach())
                     assert torch.equal(*values), "both processes see the same loss"
+                    compared += 1
     h, weight, labels = _inputs(torch.float64, ignored=False)
     labels[2, 2] = VOCAB
     with pytest.raises(IndexError, match="out of bounds of the 11 classes"):
         cross_entropy(h, weight[:5], labels, shard=VocabularyShard(group, 0, VOCAB))
     dist.destroy_process_group()
+    return compared
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 def test_a_split_vocabulary_equals_a_whole_one(tmp_path: Path) -> None:
-    together(2, lambda: _process(tmp_path / "rendezvous"), tmp_path)
+    every = len(DTYPES) * len(SIZES) * len(OPTIONS) * 2
+    assert together(2, lambda: _process(tmp_path / "rendezvous"), tmp_path) == [every, every]

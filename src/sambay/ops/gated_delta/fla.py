@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sambay.ops.optional_kernel import load_kernel
+
 LARGEST_KEY = 256  # elements of one head's key that the kernels hold at once
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -38,17 +40,9 @@ def _kernel() -> Callable[..., Any] | str:
 
 @functools.cache
 def _load() -> Callable[..., Any] | str:
-    try:
-        from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
-            chunk_gated_delta_rule,
-        )
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "fla":  # one of its own dependencies
-            return f"flash-linear-attention cannot be imported: {error}"
-        return "flash-linear-attention is not installed; run: pip install flash-linear-attention"
-    except ImportError as error:
-        return f"flash-linear-attention cannot be imported: {error}"
-    return chunk_gated_delta_rule
+    return load_kernel(
+        "fla.ops.gated_delta_rule", "chunk_gated_delta_rule", "flash-linear-attention"
+    )
 
 
 class _Documents(NamedTuple):

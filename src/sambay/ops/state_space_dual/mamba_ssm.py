@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sambay.ops.optional_kernel import load_kernel
+
 CHUNK = 256  # tokens per chunk, as the published models were trained with
 
 
@@ -40,17 +42,9 @@ def _kernel() -> Callable[..., Any] | str:
 
 @functools.cache
 def _load() -> Callable[..., Any] | str:
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
-            mamba_chunk_scan_combined,
-        )
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "mamba_ssm":  # one of its own dependencies
-            return f"mamba_ssm cannot be imported: {error}"
-        return "mamba_ssm is not installed; run: pip install mamba-ssm"
-    except ImportError as error:
-        return f"mamba_ssm cannot be imported: {error}"
-    return mamba_chunk_scan_combined
+    return load_kernel(
+        "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", "mamba-ssm"
+    )
 
 
 @torch.compiler.disable  # the kernels are not made to be traced
