@@ -26,6 +26,7 @@ ROWS = (
     ("hf",),
     ("train",),
     ("recipes",),
+    ("evals",),
     ("studies",),
     ("cli",),
     ("demo",),
