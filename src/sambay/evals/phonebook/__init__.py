@@ -1,0 +1,1 @@
+"""Phonebook: one number asked for in a long list of them; what the paper found at it."""

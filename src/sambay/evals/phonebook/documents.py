@@ -1,0 +1,56 @@
+"""Texts to train on that end as the questions do: a book, then some of its entries asked again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from sambay.errors import ConfigError
+from sambay.evals.phonebook.books import FEWEST_PAIRS, entries_of, unique_phone
+from sambay.evals.phonebook.names import MOST_NAMES, unique_names
+
+
+def phone_book_documents(
+    seed: int,
+    count: int,
+    pairs_range: tuple[int, int],
+    questions_range: tuple[int, int] = (1, 8),
+) -> Iterator[str]:
+    """`count` documents, always the same for a seed; both ends of the ranges are included.
+
+    Each is a book of `pairs_range` entries, two of them again, and after an empty line
+    `questions_range` others with their numbers, or as many as the book has. Cut behind the colon
+    of the first of these, a document is a prompt of the test. Names are drawn from the lists of the
+    test, but with other seeds than any of its books.
+
+    Raises:
+        ConfigError: a range that is empty or outside of what is possible.
+    """
+    _check("count", (count, count), 0, None)
+    _check("pairs_range", pairs_range, FEWEST_PAIRS, MOST_NAMES)
+    _check("questions_range", questions_range, 1, None)
+    return (
+        _document(random.Random(f"phonebook document {seed} {index}"), pairs_range, questions_range)
+        for index in range(count)
+    )
+
+
+def _document(
+    generator: random.Random, pairs_range: tuple[int, int], questions_range: tuple[int, int]
+) -> str:
+    pairs = generator.randint(*pairs_range)
+    asked = min(generator.randint(*questions_range), pairs - 2)
+    names = unique_names(generator, pairs)
+    entries = entries_of(names, [unique_phone(generator) for _ in range(pairs)])
+    again = [entries[index] for index in generator.sample(range(pairs), 2 + asked)]
+    return "\n".join([*entries, "", *again[:2], "", *again[2:]]) + "\n"
+
+
+def _check(name: str, ends: tuple[int, int], least: int, most: int | None) -> None:
+    low, high = ends
+    if low > high:
+        raise ConfigError(f"{name} = {ends}; its first number must not be greater than its second")
+    if low < least:
+        raise ConfigError(f"{name}: {low} is too small; give at least {least}")
+    if most is not None and high > most:
+        raise ConfigError(f"{name}: {high} is more than the {most:,} names there are; give fewer")
