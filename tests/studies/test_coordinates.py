@@ -235,7 +235,7 @@ def test_a_run_that_diverges_is_measured_as_such() -> None:
 def test_command_prints_and_writes_the_same_slopes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "sambay+da --sweeps width --widths 32 64 --depths 4 --parametrizations mup++ --steps 1"
+    words = "sambay+da --sweeps width --widths 32,64 --depths 4 --parametrizations mup++ --steps 1"
     options = f"--head-dim 8 --sequence-length 5 --threads 1 --out {tmp_path}"
     assert main(["scaling", "coord-check", *words.split(), *options.split()]) == 0
     printed = capsys.readouterr().out
@@ -257,10 +257,13 @@ def test_command_prints_and_writes_the_same_slopes(
     ("words", "message"),
     [
         ("samby", "did you mean 'sambay'"),
-        ("--widths 40 80", "needs a multiple of 32"),
+        ("--widths 40,80", "needs a multiple of 32"),
         ("--widths 64", "at least two sizes"),
-        ("--sweeps ladder --widths 66 99 --depths 8 12", "66 is no multiple"),
-        ("--sweeps depth --depths 6 8", "depth = 6"),
+        ("--widths 64,wide", "--widths = 'wide'"),
+        ("--sweeps width,widht", "did you mean"),
+        ("--parametrizations ,", "names nothing"),
+        ("--sweeps ladder --widths 66,99 --depths 8,12", "66 is no multiple"),
+        ("--sweeps depth --depths 6,8", "depth = 6"),
         ("--steps 0", "--steps 0"),
         ("--init mup_releasd", "mup_released"),
         ("--device abacus", "--device abacus"),

@@ -6,16 +6,17 @@ that carries hyperparameters over, they are flat.
 
 examples:
   sambay scaling coord-check --out results/coordinates
-  sambay scaling coord-check sambay+da --sweeps depth --depths 8 16 32 --init mup_published
+  sambay scaling coord-check sambay+da --sweeps depth --depths 8,16,32 --init mup_published
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sambay.errors import ConfigError
+from sambay.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from sambay.data.batches import Batch
@@ -32,21 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a preset of the family (sambay)",
     )  # fmt: skip
     parser.add_argument(
-        "--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), metavar="WHAT",
+        "--sweeps", default=",".join(SWEEPS), metavar="WHAT,WHAT...",
         help="width (at the first depth), depth (at the first width) or ladder, both at once, "
         "the width in proportion to the depth (all three)",
     )  # fmt: skip
     parser.add_argument(
-        "--widths", nargs="+", type=int, default=[64, 128, 256, 512], metavar="N",
-        help="hidden sizes (64 128 256 512)",
+        "--widths", default="64,128,256,512", metavar="N,N...",
+        help="hidden sizes (64,128,256,512)",
     )  # fmt: skip
     parser.add_argument(
-        "--depths", nargs="+", type=int, default=[8, 16, 24, 32], metavar="N",
-        help="numbers of layers (8 16 24 32)",
+        "--depths", default="8,16,24,32", metavar="N,N...",
+        help="numbers of layers (8,16,24,32)",
     )  # fmt: skip
     parser.add_argument(
-        "--parametrizations", nargs="+", choices=PARAMETRIZATIONS, metavar="NAME",
-        default=list(PARAMETRIZATIONS), help="standard, mup, mup++ (all three)",
+        "--parametrizations", default=",".join(PARAMETRIZATIONS), metavar="NAME,NAME...",
+        help="standard, mup, mup++ (all three)",
     )  # fmt: skip
     parser.add_argument(
         "--init", default="mup_published", metavar="SCHEME",
@@ -85,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
     from sambay.studies.coordinates import Sweep, check, run_config
 
     settings, batch, data = _settings(args)
-    which = [Parametrization(name) for name in dict.fromkeys(args.parametrizations)]
-    planned = {name: _points(Sweep(name), args) for name in dict.fromkeys(args.sweeps)}
+    names = _words("--parametrizations", args.parametrizations, PARAMETRIZATIONS)
+    which = [Parametrization(name) for name in names]
+    sweeps = _words("--sweeps", args.sweeps, SWEEPS)
+    planned = {name: _points(Sweep(name), args) for name in sweeps}
     for points in planned.values():  # what cannot be built is said before anything is trained
         for point in points:
             run_config(settings, point, points[0], which[0], 0)
@@ -151,7 +154,7 @@ def _points(sweep: Sweep, args: argparse.Namespace) -> list[Point]:
     """
     from sambay.studies.coordinates import Point
 
-    widths, depths = sorted(set(args.widths)), sorted(set(args.depths))
+    widths, depths = _sizes("--widths", args.widths), _sizes("--depths", args.depths)
     name, sizes = ("--widths", widths) if sweep == "width" else ("--depths", depths)
     if len(sizes) < 2:
         raise ConfigError(f"{name} {sizes[0]}: a {sweep} sweep compares at least two sizes")
@@ -168,6 +171,33 @@ def _points(sweep: Sweep, args: argparse.Namespace) -> list[Point]:
             "ratio of the smallest ones"
         )
     return [Point(ratio * depth, depth) for depth in depths]
+
+
+def _words(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """The words of a list with commas, each once.
+
+    Raises:
+        ConfigError: none, or one that is unknown.
+    """
+    words = list(dict.fromkeys(one.strip() for one in text.split(",") if one.strip()))
+    for word in words:
+        if word not in known:
+            raise ConfigError(f"{option} '{word}' is unknown{nearest(word, known)}")
+    if not words:
+        raise ConfigError(f"{option} '{text}' names nothing; write some of {', '.join(known)}")
+    return words
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    """The whole numbers of a list with commas, each once, in ascending order.
+
+    Raises:
+        ConfigError: something else is in the list, or nothing.
+    """
+    from sambay.cli.overrides import parse_value
+
+    sizes = {parse_value(option, one.strip(), int) for one in text.split(",")}
+    return sorted(sizes)
 
 
 def _write(result: object, folder: Path) -> None:
