@@ -9,6 +9,7 @@ too coarse here: at a width of 16 one more makes a model 12 % larger.
 from __future__ import annotations
 
 from sambay.layers.roles import Role
+from sambay.scaling.iso import same_size_by_mlp
 from sambay.scaling.rules import RULES, Base
 from sambay.spec import Parametrization, RecurrentKind, presets
 from sambay.spec.footprint import parameter_count
@@ -68,14 +69,8 @@ def small_model(
     architecture: str, depth: int, parametrization: Parametrization = Parametrization.MUP_PLUS_PLUS
 ) -> ModelConfig:
     """The model of a rung, with the size of its MLPs chosen for equal parameters."""
-    target = _size(_model("transformer++", depth, parametrization))
-    model = _model(architecture, depth, parametrization)
-    candidates = (model.replace(intermediate_size=size) for size in range(1, 6 * model.hidden_size))
-    return min(candidates, key=lambda candidate: abs(_size(candidate) - target))
-
-
-def _size(model: ModelConfig) -> int:
-    return parameter_count(model, embeddings=False)
+    target = parameter_count(_model("transformer++", depth, parametrization), embeddings=False)
+    return same_size_by_mlp(_model(architecture, depth, parametrization), target)
 
 
 def _model(architecture: str, depth: int, parametrization: Parametrization) -> ModelConfig:

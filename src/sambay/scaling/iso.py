@@ -214,6 +214,28 @@ def nearest_size(
     return min(low, high, key=lambda one: abs(one.parameters - target))
 
 
+def same_size_by_mlp(config: ModelConfig, target: int, *, embeddings: bool = False) -> ModelConfig:
+    """The configuration with the size of its MLPs chosen so that its exact count is `target`.
+
+    For models too small to be matched by their hidden size, of which one step is then several per
+    cent of the parameters.
+
+    Raises:
+        ConfigError: without MLPs worth the name the model is larger than the target already.
+    """
+    counts = [
+        parameter_count(config.replace(intermediate_size=size), embeddings=embeddings)
+        for size in (1, 2)
+    ]
+    size = 1 + round((target - counts[0]) / (counts[1] - counts[0]))
+    if size < 1:
+        raise ConfigError(
+            f"{target:,} parameters are fewer than the {counts[0]:,} of the mixers alone; ask for "
+            "more, or make the model narrower"
+        )
+    return config.replace(intermediate_size=size)
+
+
 def same_size(
     architecture: str,
     depth: int,
