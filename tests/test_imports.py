@@ -35,6 +35,7 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 OPTIONAL = {
     "tokenizers", "pyarrow", "zstandard", "tqdm", "tensorboard", "matplotlib", "transformers",
     "jinja2", "accelerate", "peft", "trl", "datasets", "torchao", "trackio", "wandb", "scipy",
+    "lm_eval", "math_verify", "names", "nltk", "wonderwords",
 }  # fmt: skip
 # The classes of transformers derive from its own, so these import it at their top.
 TRANSFORMERS_CLASSES = {

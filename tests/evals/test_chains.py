@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_texts_to_train_on_hold_answered_questions() -> None:
         for line in tail.splitlines():
             first, _, rest = line.partition(": ")
             way = [first, *rest.removesuffix(".").split()]
-            assert all(values[a] == b for a, b in zip(way, way[1:], strict=False))
+            assert all(values[a] == b for a, b in pairwise(way))
             assert way[-1] not in values, "a chain is followed to its end"
 
 

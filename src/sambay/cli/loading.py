@@ -1,4 +1,4 @@
-"""The model that `generate` and `chat` work with: their common options, and loading it."""
+"""The model that `generate`, `chat` and `evaluate` work with: common options, and loading it."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ class LoadedModel:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options about loading and about what chats are."""
+    add_loading_options(parser)
+    parser.add_argument("--system", metavar="TEXT", help="instructions at the start of a chat")
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options about loading and about how chats are written."""
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights (as they are stored)"
@@ -60,7 +66,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--template", metavar="NAME",
         help="how chats are written: phi4, or a file with a Jinja template (that of the model)",
     )  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="instructions at the start of a chat")
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:
@@ -91,7 +96,7 @@ def load(args: argparse.Namespace, path: Path) -> LoadedModel:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    device = _device(args.device)
+    device = find_device(args.device)
     given = None if args.tokenizer is None else Path(args.tokenizer)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     size = 0
@@ -138,7 +143,12 @@ def _checked_size(
     return dtype, needed
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of `--device`; auto is CUDA where there is some.
+
+    Raises:
+        ConfigError: not a device, or none that is here.
+    """
     import torch
 
     if name == "auto":

@@ -22,10 +22,12 @@ COMMANDS = {
     "train": "train a model by a recipe; continues where an earlier run stopped",
     "generate": "let a trained model continue a prompt",
     "chat": "talk with a model in the terminal",
+    "evaluate": "ask a model the questions of a suite, with results that can be resumed",
     "convert": "turn a model from one file format into another",
     "init": "write a model folder with random weights, of any size, to try things with",
     "doctor": "show versions, devices and which implementation of each operation is available",
     "bench": "measure prefill, decode and training speed on this machine",
+    "study": "whole studies, from data to a page with tables and pictures",
     "scaling": "train ladders of sizes, fit scaling laws, check and transfer hyperparameters",
 }
 _EXIT_ERROR, _EXIT_INTERRUPTED, _EXIT_BROKEN_PIPE = 2, 130, 141

@@ -34,8 +34,11 @@ class Suite(Protocol):
     settings: JSON-ready; all that decides what is asked and what counts as right.
     """
 
-    name: str
-    settings: dict[str, Any]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
     def items(self) -> Sequence[Item]:
         """The questions, always the same.
@@ -149,13 +152,14 @@ class Pace:
     ) -> None:
         self._total, self._done, self._tell = total, done, on_progress
         self._clock, self._started = clock, clock()
-        self._answered = self._right = 0
+        self._answered = self._judged = self._right = 0
 
-    def advance(self, correct: bool) -> None:
-        """One more is answered."""
+    def advance(self, correct: bool | None) -> None:
+        """One more is answered; None where answers are judged together, later."""
         self._done += 1
         self._answered += 1
-        self._right += correct
+        self._judged += correct is not None
+        self._right += bool(correct)
         self.show()
 
     def show(self) -> None:
@@ -167,6 +171,7 @@ class Pace:
         if self._answered and seconds > 0:
             rate = self._answered / seconds
             left = duration((self._total - self._done) / rate)
-            share = self._right / self._answered
-            facts = f"{rate:.3g} answers/s  {left} left  {share:.1%} right"
+            facts = f"{rate:.3g} answers/s  {left} left"
+            if self._judged:
+                facts += f"  {self._right / self._judged:.1%} right"
         self._tell(self._done, self._total, facts)

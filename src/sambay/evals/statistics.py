@@ -46,6 +46,16 @@ def mean_of_groups(groups: Mapping[Any, Sequence[float]]) -> Metric:
     return mean([math.fsum(values) / len(values) for values in groups.values()])
 
 
+def average(parts: Sequence[Metric]) -> Metric:
+    """The mean of independent metrics, each with the same weight; `count` is of all their items."""
+    value = math.fsum(part.value for part in parts) / len(parts)
+    errors = [part.stderr for part in parts if part.stderr is not None]
+    stderr = None
+    if len(errors) == len(parts):
+        stderr = math.sqrt(math.fsum(error**2 for error in errors)) / len(parts)
+    return Metric(value, stderr, sum(part.count for part in parts))
+
+
 def population_deviation(values: Sequence[float]) -> float:
     """The standard deviation with all of n in the denominator."""
     average = math.fsum(values) / len(values)

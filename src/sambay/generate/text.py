@@ -74,7 +74,7 @@ class TextGenerator:
         """
         if num_samples < 1:
             raise ConfigError(f"num_samples is {num_samples}; it must be at least 1")
-        readers: list[_Reader] = []
+        readers: list[TextReader] = []
         requests: list[Request] = []
         for prompt in prompts:
             ids = self._encoded(prompt)
@@ -132,17 +132,17 @@ class TextGenerator:
     def _encoded(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
-    def _reader(self, stop: Sequence[str], stop_token_ids: Iterable[int] | None) -> _Reader:
+    def _reader(self, stop: Sequence[str], stop_token_ids: Iterable[int] | None) -> TextReader:
         if isinstance(stop, str):
             raise ConfigError(f"stop is the text {stop!r}; give a list of stop strings")
         ids = (self.tokenizer.eos_id,) if stop_token_ids is None else stop_token_ids
-        return _Reader(StreamDecoder(self.tokenizer), StopMatcher(stop), frozenset(ids))
+        return TextReader(self.tokenizer, stop, ids)
 
 
 class TextStream(Iterator[str]):
     """Pieces of one continuation; `tokens` grows with them, `finish_reason` is set at the end."""
 
-    def __init__(self, events: Iterator[TokenEvent], reader: _Reader) -> None:
+    def __init__(self, events: Iterator[TokenEvent], reader: TextReader) -> None:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._events = events
@@ -165,15 +165,21 @@ class TextStream(Iterator[str]):
             close()
 
 
-class _Reader:
-    """Reads one request's tokens as text and says when a stop string is complete."""
+class TextReader:
+    """Reads one request's tokens as text and says when a stop string is complete.
+
+    stop: texts that end the continuation and do not belong to it, nor do the `stop_token_ids`.
+
+    Raises:
+        ConfigError: an empty stop string.
+    """
 
     def __init__(
-        self, decoder: StreamDecoder, matcher: StopMatcher, stop_token_ids: frozenset[int]
+        self, tokenizer: Tokenizer, stop: Iterable[str], stop_token_ids: Iterable[int]
     ) -> None:
-        self.stop_token_ids = stop_token_ids
-        self._decoder = decoder
-        self._matcher = matcher
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self._decoder = StreamDecoder(tokenizer)
+        self._matcher = StopMatcher(stop)
         self._pieces: list[str] = []
         self._num_taken = 0
 

@@ -48,11 +48,13 @@ class Template:
 
     needs: tokens without which it makes no sense.
     literals: marks such as </think> that the template looks for in what was written.
+    source: its text, or its name where it is built in.
     """
 
     render: Render
     needs: tuple[str, ...] = ()
     literals: frozenset[str] = frozenset()
+    source: str = ""
 
 
 class ChatFormat:
@@ -220,7 +222,9 @@ def _render_phi4(messages: Sequence[Mapping[str, str]], continues: bool) -> str:
     return "".join(turns) + ("<|assistant|>" if continues else "")
 
 
-_PHI4_TEMPLATE = Template(_render_phi4, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"))
+_PHI4_TEMPLATE = Template(
+    _render_phi4, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), source=PHI4
+)
 
 
 def _jinja_template(source: str, name: str, special: Mapping[str, str]) -> Template:
@@ -266,7 +270,8 @@ def _jinja_template(source: str, name: str, special: Mapping[str, str]) -> Templ
                 f"{name}: the chat template refuses this conversation ({reason})"
             ) from error
 
-    return Template(render, literals=frozenset(re.findall(r"</?\w+>|\[/?\w+\]", source)))
+    literals = frozenset(re.findall(r"</?\w+>|\[/?\w+\]", source))
+    return Template(render, literals=literals, source=source)
 
 
 def _special_tokens(folders: Sequence[Path]) -> dict[str, str]:

@@ -44,7 +44,7 @@ def export_model(path: Path, folder: Path | None = None) -> Path:
         CheckpointMismatch: no checkpoint is there, or it is damaged.
         WriteFailed: the operating system refused, or `folder` holds something else.
     """
-    run_dir, checkpoint = _find_checkpoint(path)
+    run_dir, checkpoint = find_checkpoint(path)
     if checkpoint is None:
         raise CheckpointMismatch(f"{path} has no checkpoint to export; train at least one step")
     folder = folder or run_dir / MODEL
@@ -75,7 +75,7 @@ def load_checkpoint_model(
     Raises:
         CheckpointMismatch: nothing of the kind is there, or it is damaged.
     """
-    run_dir, checkpoint = _find_checkpoint(path)
+    run_dir, checkpoint = find_checkpoint(path)
     if checkpoint is not None:
         config = _checked_config(checkpoint)
         model = meta_model(config, dtype)
@@ -119,7 +119,7 @@ class _Reader:
         return self._ahead.pop(name)
 
 
-def _find_checkpoint(path: Path) -> tuple[Path, Path | None]:
+def find_checkpoint(path: Path) -> tuple[Path, Path | None]:
     """The run directory, and the checkpoint that `path` means."""
     if (path / STATE_FILE).exists():
         return path.parent.parent, path

@@ -19,9 +19,9 @@ def phone_book_documents(
     """`count` documents, always the same for a seed; both ends of the ranges are included.
 
     Each is a book of `pairs_range` entries, two of them again, and after an empty line
-    `questions_range` others with their numbers, or as many as the book has. Cut behind the colon
-    of the first of these, a document is a prompt of the test. Names are drawn from the lists of the
-    test, but with other seeds than any of its books.
+    `questions_range` others with their numbers; when all others were asked, they are asked again in
+    another order. Cut behind the colon of the first of these, a document is a prompt of the test.
+    Names are drawn from the lists of the test, but with other seeds than any of its books.
 
     Raises:
         ConfigError: a range that is empty or outside of what is possible.
@@ -39,11 +39,14 @@ def _document(
     generator: random.Random, pairs_range: tuple[int, int], questions_range: tuple[int, int]
 ) -> str:
     pairs = generator.randint(*pairs_range)
-    asked = min(generator.randint(*questions_range), pairs - 2)
+    num_questions = generator.randint(*questions_range)
     names = unique_names(generator, pairs)
     entries = entries_of(names, [unique_phone(generator) for _ in range(pairs)])
-    again = [entries[index] for index in generator.sample(range(pairs), 2 + asked)]
-    return "\n".join([*entries, "", *again[:2], "", *again[2:]]) + "\n"
+    order = generator.sample(entries, pairs)
+    examples, others, asked = order[:2], order[2:], order[2:]
+    while len(asked) < num_questions:
+        asked = asked + generator.sample(others, len(others))
+    return "\n".join([*entries, "", *examples, "", *asked[:num_questions]]) + "\n"
 
 
 def _check(name: str, ends: tuple[int, int], least: int, most: int | None) -> None:

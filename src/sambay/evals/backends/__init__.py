@@ -1,0 +1,1 @@
+"""Who answers the calls: our engine, the classes of transformers, or a server."""
