@@ -1,0 +1,146 @@
+"""The data of the retrieval study: real text, phone books, chained assignments, one tokenizer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sambay.data.prepare import prepare
+from sambay.data.settings import PrepareSettings
+from sambay.data.sources import list_files
+from sambay.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from sambay.errors import ConfigError, DataError
+from sambay.evals.chains import chain_documents
+from sambay.evals.phonebook.documents import phone_book_documents
+from sambay.files import atomic_write
+
+TEXT, BOOKS, CHAINS = "text", "books", "chains"
+_SOURCES, _TOKENIZER = "sources", "tokenizer"
+_EXCLUDED = ("site-packages", "encodings", "pydoc_data", "idle_test")
+_SAMPLE_BOOKS = 10_000
+_SAMPLE_CHARACTERS = 1_000_000
+# A number is what has to be found, so its digits are tokens of their own, as in Llama 2's
+# vocabulary: the tokenizer never sees two of them together.
+_DIGITS = re.compile(r"[0-9]+")
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """What is written.
+
+    text: a folder of real text; None: the sources of the running Python's standard library.
+    vocab_size: entries of the tokenizer.
+    pairs: entries of a phone book, from and to.
+    most_entries: of a book with its examples and questions, so that it fits a row.
+    lines, steps: the most assignments of a puzzle, and steps of a chain.
+    books, chains: documents of each kind.
+    """
+
+    vocab_size: int
+    text: Path | None = None
+    pairs: tuple[int, int] = (3, 22)
+    most_entries: int = 25
+    lines: int = 40
+    steps: int = 10
+    books: int = 40_000
+    chains: int = 20_000
+    seed: int = 1
+
+
+def write_corpus(
+    folder: Path, settings: CorpusSettings, *, tell: Callable[[str], None] = lambda line: None
+) -> None:
+    """Write FOLDER/text, books and chains, prepared sets with one tokenizer; again: check them.
+
+    Raises:
+        ConfigError, DataError: a folder without text, or sets that were made otherwise.
+        WriteFailed: the disk is full or refuses.
+    """
+    text = settings.text or Path(os.__file__).parent
+    if not text.is_dir():
+        raise ConfigError(f"text = {text} is not a folder; give one with the texts to train on")
+    sources = folder / _SOURCES
+    _write_once(sources / f"{BOOKS}.jsonl", _book_documents(settings), tell)
+    _write_once(
+        sources / f"{CHAINS}.jsonl",
+        chain_documents(
+            settings.seed, settings.chains,
+            most_lines=settings.lines, most_steps=settings.steps, most_questions=3,
+        ),
+        tell,
+    )  # fmt: skip
+    include = () if settings.text else ("*.py",)
+    exclude = () if settings.text else _EXCLUDED
+    if not (folder / _TOKENIZER / TOKENIZER_FILE).exists():
+        tell("training the tokenizer")
+        sample = [*_sample(text, include, exclude, folder), *_book_sample(settings)]
+        Tokenizer.train(sample, settings.vocab_size).save(folder / _TOKENIZER)
+    for name, place in (
+        (TEXT, text),
+        (BOOKS, sources / f"{BOOKS}.jsonl"),
+        (CHAINS, sources / f"{CHAINS}.jsonl"),
+    ):
+        prepared = prepare(
+            [place],
+            folder / name,
+            PrepareSettings(
+                tokenizer=str(folder / _TOKENIZER),
+                include=include if name == TEXT else (),
+                exclude=exclude if name == TEXT else (),
+                validation_fraction=0.01,
+            ),
+        )
+        total = prepared.manifest.total("train", "tokens")
+        tell(f"{folder / name}: {total:,} tokens to train on")
+
+
+def _book_documents(settings: CorpusSettings) -> Iterator[str]:
+    """Books with as many questions as a row still holds, each size equally often as its double.
+
+    Looking up is learned from small books, of which a row has more answers.
+    """
+    low, high = settings.pairs
+    for number in range(settings.books):
+        generator = random.Random(f"size of book {settings.seed} {number}")
+        pairs = min(int(low * ((high + 1) / low) ** generator.random()), high)
+        questions = max(1, settings.most_entries - pairs - 2)
+        seed = settings.seed * 1_000_000 + number
+        yield from phone_book_documents(seed, 1, (pairs, pairs), (questions, questions))
+
+
+def _book_sample(settings: CorpusSettings) -> list[str]:
+    return [
+        _DIGITS.sub("\n", one) for one in itertools.islice(_book_documents(settings), _SAMPLE_BOOKS)
+    ]
+
+
+def _sample(
+    text: Path, include: tuple[str, ...], exclude: tuple[str, ...], folder: Path
+) -> Iterator[str]:
+    """Texts to train the tokenizer on, without digits."""
+    taken = 0
+    for file in list_files([text], include=include, exclude=exclude, out=folder).files:
+        try:
+            content = Path(file.path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{file.path} cannot be read: {error.strerror}") from error
+        found = _DIGITS.sub("\n", content.decode("utf-8", "ignore"))
+        taken += len(found)
+        yield found
+        if taken > _SAMPLE_CHARACTERS:
+            return
+
+
+def _write_once(path: Path, documents: Iterable[str], tell: Callable[[str], None]) -> None:
+    if path.exists():
+        return
+    tell(f"writing {path}")
+    with atomic_write(path) as file:
+        for text in documents:
+            file.write((json.dumps({"text": text}) + "\n").encode())
