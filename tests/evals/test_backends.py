@@ -284,6 +284,8 @@ def test_facts_are_the_same_for_the_same_files_and_tell_others_apart(
     assert json.loads(json.dumps(facts)) == facts
     assert facts["name"] == "tiny"
     assert facts["dtype"] == "float32"
+    config = load_model(folder).config
+    assert (facts["layer_pattern"], facts["window"]) == (config.layer_pattern, config.window)
     assert facts["parameters"] == sum(p.numel() for p in load_model(folder).parameters())
     config = copied / "config.json"
     config.write_text(config.read_text().replace("{", "{ ", 1))

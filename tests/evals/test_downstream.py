@@ -188,7 +188,7 @@ def test_without_network_the_remedy_is_named(
         raise ConnectionError("Couldn't reach 'x' on the Hub\nand more")
 
     monkeypatch.setattr(library.module("lm_eval.api.task").datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"task 'piqa'.*'baber/piqa'.*--data FOLDER") as caught:
+    with pytest.raises(DataError, match=r"task 'piqa'.*'baber/piqa'.*data=FOLDER") as caught:
         DownstreamSuite(tasks=("piqa",)).evaluate(engine_backend(), tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -262,7 +262,7 @@ def test_without_the_essays_the_remedies_are_named_before_any_work(
     downloads: list[str] = []
     monkeypatch.setattr(generator, "get_haystack", unreachable)
     message = mistake()
-    for words in ("paul_graham_essays", "--essays FOLDER", "--haystack noise", "niah_single_2"):
+    for words in ("paul_graham_essays", "essays=FOLDER", "haystack=noise", "niah_single_2"):
         assert words in message
     assert "niah_single_1" not in message
     monkeypatch.setattr(generator, "get_haystack", lambda type_haystack: WORDS.split())

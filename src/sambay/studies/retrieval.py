@@ -6,10 +6,9 @@ lives in one folder and continues where it stopped: data, runs (as those of a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sambay.errors import ConfigError, nearest
 from sambay.evals.backends.engine import EngineBackend
@@ -59,11 +58,14 @@ CONTENDERS = (
 class Scale:
     """How much of it: tokens per run, who takes part, and what is asked.
 
+    books, chains: documents of each kind to train on.
     pairs: entries of the phone books; lengths: tokens of the haystacks; steps: of the chains.
     """
 
     tokens: int = small_retrieval.TOKENS
     contenders: tuple[Contender, ...] = CONTENDERS
+    books: int = 40_000
+    chains: int = 20_000
     pairs: tuple[int, ...] = (_TRAINED_PAIRS, 2 * _TRAINED_PAIRS, 4 * _TRAINED_PAIRS)
     lengths: tuple[int, ...] = (384, 768)
     needles: int = 100
@@ -87,6 +89,8 @@ class Scale:
 SMALLER = Scale(
     tokens=small_retrieval.TOKENS // 8,
     contenders=CONTENDERS[:4],
+    books=4_000,
+    chains=2_000,
     pairs=(8, _TRAINED_PAIRS),
     lengths=(384,),
     needles=20,
@@ -123,23 +127,18 @@ def members(scale: Scale, seeds: Sequence[int], data: Path) -> list[Member]:
     return made
 
 
-@dataclass
-class Findings:
-    """What is known of each run: its results by suite, and its row in the ladder's table."""
-
-    results: dict[str, dict[str, Result]] = field(default_factory=dict)
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
 def ask_all(
     runs: Sequence[Member],
     scale: Scale,
     out: Path,
     *,
+    suites: Mapping[str, Evaluation] | None = None,
     tell: Callable[[str], None] = lambda line: None,
     on_progress: Progress | None = None,
 ) -> dict[str, dict[str, Result]]:
     """The results of every run that has a model, by name and suite; kept in OUT/results.
+
+    suites: instead of those of the scale.
 
     Raises:
         SambayError: a damaged model, or results of other questions or models in the folder.
@@ -151,7 +150,7 @@ def ask_all(
             continue
         backend = open_run(run_dir, member.name)
         found[member.name] = {}
-        for suite_name, suite in scale.suites().items():
+        for suite_name, suite in (suites or scale.suites()).items():
             folder = out / RESULTS / member.name / suite_name
             result = suite.evaluate(backend, folder, on_progress=on_progress)
             found[member.name][suite_name] = result

@@ -40,6 +40,7 @@ class CorpusSettings:
     most_entries: of a book with its examples and questions, so that it fits a row.
     lines, steps: the most assignments of a puzzle, and steps of a chain.
     books, chains: documents of each kind.
+    validation_fraction: of the documents of each kind.
     """
 
     vocab_size: int
@@ -51,6 +52,7 @@ class CorpusSettings:
     books: int = 40_000
     chains: int = 20_000
     seed: int = 1
+    validation_fraction: float = 0.01
 
 
 def write_corpus(
@@ -93,7 +95,7 @@ def write_corpus(
                 tokenizer=str(folder / _TOKENIZER),
                 include=include if name == TEXT else (),
                 exclude=exclude if name == TEXT else (),
-                validation_fraction=0.01,
+                validation_fraction=settings.validation_fraction,
             ),
         )
         total = prepared.manifest.total("train", "tokens")

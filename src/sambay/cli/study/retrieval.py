@@ -24,6 +24,7 @@ from sambay.errors import ConfigError
 if TYPE_CHECKING:
     from sambay.studies.ladder import Outcome
     from sambay.studies.members import Member
+    from sambay.studies.queue import Slot
     from sambay.studies.retrieval import Scale
 
 _SOME_FAILED, _SOME_LEFT, _INTERRUPTED = 4, 5, 130
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(runs)
         return 0
-    _write_data(args)
+    _write_data(args, scale)
     outcome = _train(runs, args.out, places, minutes)
     if outcome.stopped_by is not None:
         return 128 + outcome.stopped_by
@@ -100,16 +101,16 @@ def _scale(args: argparse.Namespace) -> Scale:
     return scale
 
 
-def _write_data(args: argparse.Namespace) -> None:
+def _write_data(args: argparse.Namespace, scale: Scale) -> None:
     from sambay.recipes.small_retrieval import VOCABULARY
     from sambay.studies.retrieval import DATA
     from sambay.studies.retrieval_corpus import CorpusSettings, write_corpus
 
-    settings = CorpusSettings(vocab_size=VOCABULARY, text=args.text)
+    settings = CorpusSettings(VOCABULARY, args.text, books=scale.books, chains=scale.chains)
     write_corpus(args.out / DATA, settings, tell=lambda line: print(line, flush=True))
 
 
-def _train(runs: list[Member], out: Path, places: list, minutes: int | None) -> Outcome:
+def _train(runs: list[Member], out: Path, places: list[Slot], minutes: int | None) -> Outcome:
     from sambay.studies import ladder
     from sambay.studies.members import Order
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sambay.evals.backends.identity import architecture_facts
 from sambay.evals.backends.prompts import Prompts
 from sambay.evals.backends.scoring import ScoreBatch, Tally, plan_scores
 from sambay.evals.calls import Answer, Call, Passage, Score
@@ -54,6 +55,7 @@ class EngineBackend:
             **facts,
             "backend": "engine",
             **prompts.facts,
+            **architecture_facts(model.config),
             "dtype": str(self._engine.dtype).removeprefix("torch."),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }

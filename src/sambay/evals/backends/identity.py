@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from sambay.errors import CheckpointMismatch
 from sambay.files import sha256_of
 from sambay.hf.tokenizer import CONFIG_FILE
+from sambay.spec import ModelConfig
 from sambay.train.export import find_checkpoint
 from sambay.train.run_dir import MODEL
 from sambay.train.same_run import STATE_FILE
@@ -59,3 +61,14 @@ def weights_sha256(resolved: Path) -> str:
         if file.exists():
             total.update(f"{file.name} {sha256_of(file)}\n".encode())
     return total.hexdigest()
+
+
+def architecture_facts(config: ModelConfig) -> dict[str, Any]:
+    """What tells one architecture from another, its size, and its window (None: it has none)."""
+    return {
+        "layer_pattern": config.layer_pattern,
+        "attention_variant": config.attention_variant.value,
+        "position": config.position.value,
+        "hidden_size": config.hidden_size,
+        "window": config.window,
+    }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sambay.errors import CheckpointMismatch, ConfigError, MissingPackage
+from sambay.evals.backends.identity import architecture_facts
 from sambay.evals.backends.prompts import Prompts, open_prompts
 from sambay.evals.backends.scoring import ScoreBatch, Tally, plan_scores
 from sambay.evals.calls import Answer, Call, Passage, Score
@@ -67,6 +68,7 @@ class TransformersBackend:
             **facts,
             "backend": "transformers",
             **prompts.facts,
+            **_architecture(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
@@ -265,3 +267,9 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingPackage("transformers", "the backend 'transformers'", "hf") from error
     return transformers
+
+
+def _architecture(model: Any) -> dict[str, Any]:
+    """What our own classes know of themselves; nothing of other models."""
+    config = getattr(model.config, "model_config", None)
+    return {} if config is None else architecture_facts(config())

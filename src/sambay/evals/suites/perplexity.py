@@ -147,7 +147,7 @@ class PerplexitySuite:
         if backend.max_context is not None and longest > backend.max_context:
             raise ConfigError(
                 f"length = {self.length} needs a context of {longest} tokens, the model's is "
-                f"{backend.max_context}; use --length {backend.max_context - 1}, or raise the "
+                f"{backend.max_context}; use length={backend.max_context - 1}, or raise the "
                 "limit with --max-context if the model can take it"
             )
         return found

@@ -64,7 +64,7 @@ class RulerSuite:
                 f"haystack = '{self.haystack}' is not known{nearest(str(self.haystack), offered)}"
             )
         if self.essays is not None and self.haystack == Haystack.NOISE:
-            raise ConfigError("essays: noise needs no texts; leave out --essays or --haystack")
+            raise ConfigError("essays: noise needs no texts; leave out essays= or haystack=")
 
     @property
     def kind(self) -> Haystack:

@@ -82,7 +82,7 @@ def load(name: str, data: Path | None) -> Any:
         except Exception as error:  # whatever the hub's client raises; it has no common base
             raise DataError(
                 f"task '{name}': its data '{task.hub}' cannot be loaded from the hub "
-                f"({_first_line(error)}); with --data FOLDER they are read from "
+                f"({_first_line(error)}); with data=FOLDER they are read from "
                 f"FOLDER/{name}.jsonl, FOLDER/{name}.parquet or files "
                 f"FOLDER/{name}/{task.split}*"
             ) from error
@@ -127,7 +127,7 @@ def find_files(name: str, data: Path) -> list[Path]:
     if not found:
         raise DataError(
             f"task '{name}': neither {single[0]} nor {single[1]} nor a .jsonl or .parquet file "
-            f"{data / name}/{split}* exists; put its data there, or leave the task out with --tasks"
+            f"{data / name}/{split}* exists; put its data there, or leave the task out of tasks="
         )
     if len({file.suffix for file in found}) > 1:
         raise DataError(

@@ -94,8 +94,8 @@ class Writer:
             DataError: one of them cannot be had.
         """
         remedy = (
-            "give a folder of other texts with --essays FOLDER, use --haystack noise, or leave "
-            f"{', '.join(name for name in TASKS if name in ESSAY_TASKS)} out with --tasks"
+            "give a folder of other texts with essays=FOLDER, use haystack=noise, or leave "
+            f"{', '.join(name for name in TASKS if name in ESSAY_TASKS)} out of tasks="
         )
         nltk = self._generator.nltk
         with library.quiet():
@@ -206,7 +206,7 @@ class Writer:
         if tokens < needles.length:
             raise ConfigError(
                 f"essays: they have {tokens} tokens, prompts of {needles.length} need at least as "
-                "many; add texts, or ask for shorter prompts with --lengths"
+                "many; add texts, or ask for shorter prompts with lengths="
             )
 
 
