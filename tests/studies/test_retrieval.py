@@ -147,7 +147,7 @@ def test_the_whole_of_it_in_small(
     """Train, ask, report; again: nothing is trained or asked a second time."""
     tiny = retrieval.Scale(
         tokens=2 * 8 * LENGTH, contenders=retrieval.chosen_contenders(["sambay"]),
-        books=40, chains=20, pairs=(3,), lengths=(384,), needles=1, steps=(1,), puzzles=2,
+        books=300, chains=300, pairs=(3,), lengths=(2048,), needles=1, steps=(1,), puzzles=2,
     )  # fmt: skip
     monkeypatch.setattr(retrieval, "SMALLER", tiny)
     command = ["study", "retrieval", "--smaller", "--text", str(text), "--out", str(tmp_path)]

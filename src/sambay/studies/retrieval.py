@@ -59,7 +59,8 @@ class Scale:
     """How much of it: tokens per run, who takes part, and what is asked.
 
     books, chains: documents of each kind to train on.
-    pairs: entries of the phone books; lengths: tokens of the haystacks; steps: of the chains.
+    pairs: entries of the phone books; steps: of the chains.
+    lengths: of the haystacks, room for the answer included: prompts of 640 fill a row.
     """
 
     tokens: int = small_retrieval.TOKENS
@@ -67,7 +68,7 @@ class Scale:
     books: int = 40_000
     chains: int = 20_000
     pairs: tuple[int, ...] = (_TRAINED_PAIRS, 2 * _TRAINED_PAIRS, 4 * _TRAINED_PAIRS)
-    lengths: tuple[int, ...] = (384, 768)
+    lengths: tuple[int, ...] = (640, 1024)
     needles: int = 100
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     puzzles: int = 128
@@ -92,7 +93,7 @@ SMALLER = Scale(
     books=4_000,
     chains=2_000,
     pairs=(8, _TRAINED_PAIRS),
-    lengths=(384,),
+    lengths=(640,),
     needles=20,
     steps=(1, 2, 4),
     puzzles=32,
