@@ -139,7 +139,8 @@ def _without_key(record: dict[str, Any]) -> dict[str, Any]:
 def _difference(earlier: Any, now: Any, name: str = "") -> str:
     """The first field in which two JSON values differ, in words; empty if there is none."""
     if isinstance(earlier, dict) and isinstance(now, dict):
-        for field in sorted(earlier.keys() | now.keys()):
+        # A setting says more than the fingerprint that follows from it.
+        for field in sorted(earlier.keys() | now.keys(), key=lambda f: (f.endswith("sha256"), f)):
             inner = f"{name}.{field}" if name else field
             if field not in earlier or field not in now:
                 where = "this one" if field in now else "that one"

@@ -12,7 +12,8 @@ from sambay.evals.statistics import Metric
 
 # Metrics that are shares; others are shown as they are.
 _SHARES = (
-    "accuracy", "average", "niah_", "pass@", "boxed_pass@", "maj@", "boxed", "no_answer", "cut_off",
+    "accuracy", "final_accuracy", "average", "niah_", "pass@", "boxed_pass@", "maj@", "boxed",
+    "no_answer", "cut_off",
 )  # fmt: skip
 _DIGEST = 8  # characters of a fingerprint that are shown
 
