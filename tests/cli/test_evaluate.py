@@ -307,6 +307,22 @@ def test_a_table_of_finished_results(folder: Path, capsys: pytest.CaptureFixture
     assert Path("both.md").read_text() == shown
 
 
+def test_phone_books_of_several_models_are_drawn_beside_their_table(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The length extrapolation, and the sweep of windows of models that differ in them."""
+    pytest.importorskip("matplotlib")
+    asked = ("phonebook", "pairs=3,6", "groups=2", "batches=1", "prompts=1", "max_new_tokens=2")
+    assert run(capsys, folder, *asked, "--out", "one")[0] == 0
+    other = json.loads(Path("one/result.json").read_text())
+    other["model"] |= {"window": other["model"]["window"] * 2, "name": "another"}
+    Path("two.json").write_text(json.dumps(other))
+    told = run(capsys, "--table", "one", "two.json", "--out", "all.md")[1]
+    drawn = [f"all_{kind}.{suffix}" for kind in ("lengths", "windows") for suffix in ("png", "svg")]
+    assert told == f"written to all.md, {', '.join(drawn)}\n"
+    assert all(Path(name).stat().st_size > 1000 for name in drawn)
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

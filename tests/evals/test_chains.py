@@ -31,12 +31,12 @@ class Solver:
     def generate(self, calls: Sequence[Call], on_answer: Callable[[int, Answer], None]) -> None:
         for index, call in enumerate(calls):
             lines = call.prompt.split("\n")
-            values = dict(line.split("=") for line in lines if "=" in line)
-            at, way = lines[-1].removesuffix(":"), []
+            values = dict(line.split("=") for line in lines[: lines.index("")])
+            at, way = lines[-1].removesuffix("="), []
             while at in values and len(way) < self.most:
                 at = values[at]
                 way.append(at)
-            on_answer(index, Answer(" " + " ".join(way) + self.last, len(way), "stop"))
+            on_answer(index, Answer("=".join(way) + self.last, len(way), "stop"))
 
     def encode(self, text: str) -> list[int]:
         return [*text.encode()]
@@ -65,14 +65,14 @@ def test_a_solver_that_tires_is_right_on_short_chains_only(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "correct", "final", "followed"),
     [
-        (" b1 c2 d3.", True, True, 3),
-        (" b1 c2 d3.\nand more", True, True, 3),
-        (" b1 c2 d3", False, True, 3),  # it did not say that the chain ends
-        (" b1 d3.", False, True, 1),  # a step left out
-        (" b1 c2 d3 e4.", False, False, 3),
-        (" b1 c9 d3.", False, True, 1),
+        ("b1=c2=d3.", True, True, 3),
+        ("b1=c2=d3.\nand more", True, True, 3),
+        ("b1=c2=d3", False, True, 3),  # it did not say that the chain ends
+        ("b1=d3.", False, True, 1),  # a step left out
+        ("b1=c2=d3=e4.", False, False, 3),
+        ("b1=c9=d3.", False, True, 1),
         ("", False, False, 0),
-        ("\n b1 c2 d3.", False, False, 0),
+        ("\nb1=c2=d3.", False, False, 0),
     ],
 )
 def test_only_the_whole_chain_counts(text: str, correct: bool, final: bool, followed: int) -> None:
@@ -95,8 +95,8 @@ def test_puzzles_are_the_same_every_time_and_chains_never_meet() -> None:
     prompt = SUITE.items()[0].call.prompt
     lines, _, rest = prompt.partition("\n\n")
     assert len(lines.splitlines()) == 12
-    assert rest.count(":") == 2  # an answered example and the question
-    assert prompt.endswith(":")
+    assert rest.count("\n") == 1  # an answered example, and the question
+    assert prompt.endswith("=")
 
 
 def test_texts_to_train_on_hold_answered_questions() -> None:
@@ -107,8 +107,7 @@ def test_texts_to_train_on_hold_answered_questions() -> None:
         values = dict(line.split("=") for line in head.splitlines())
         assert 2 <= len(values) <= 20
         for line in tail.splitlines():
-            first, _, rest = line.partition(": ")
-            way = [first, *rest.removesuffix(".").split()]
+            way = line.removesuffix(".").split("=")
             assert all(values[a] == b for a, b in pairwise(way))
             assert way[-1] not in values, "a chain is followed to its end"
 

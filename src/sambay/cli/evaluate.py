@@ -224,11 +224,36 @@ def _write_table(args: argparse.Namespace) -> int:
     from sambay.evals.table import table
     from sambay.files import atomic_write
 
-    text = table([read_result(path) for path in args.table])
+    results = [read_result(path) for path in args.table]
+    text = table(results)
     if args.out is None:
         print(text, end="" if text.endswith("\n") else "\n")
         return 0
     with atomic_write(args.out) as file:
         file.write(text.rstrip("\n").encode() + b"\n")
-    print(f"written to {args.out}")
+    written = [args.out, *_draw_together(results, args.out)]
+    print(f"written to {', '.join(map(str, written))}")
     return 0
+
+
+def _draw_together(results: list[Result], beside: Path) -> list[Path]:
+    """Pictures of several models' phone books, by length and by window, where these differ."""
+    from sambay.evals.phonebook.comparison import draw_lengths, draw_windows
+    from sambay.plots.canvas import save
+
+    books = [result for result in results if result.suite == "phonebook"]
+    if len(books) < 2 or len({result.items_sha256 for result in books}) > 1:
+        return []
+    figures = {}
+    try:
+        if len(books[0].settings["pairs"]) > 1:
+            figures["lengths"] = draw_lengths(books)
+        if len({result.model.get("window") for result in books}) > 1:
+            figures["windows"] = draw_windows(books)
+    except MissingPackage as error:  # the table is there all the same
+        print(f"no pictures: {error}", file=sys.stderr)
+    return [
+        save(figure, beside.with_name(f"{beside.stem}_{name}{suffix}"))
+        for name, figure in figures.items()
+        for suffix in (".png", ".svg")
+    ]

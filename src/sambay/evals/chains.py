@@ -54,13 +54,13 @@ def puzzle(generator: random.Random, steps: Sequence[int]) -> Puzzle:
 
 
 def question(chain: Sequence[str]) -> str:
-    """What a prompt ends with."""
-    return f"{chain[0]}:"
+    """What a prompt ends with: `m4=`."""
+    return chain[0] + "="
 
 
 def answer(chain: Sequence[str]) -> str:
-    """What is to be written behind the question, up to the end of its line."""
-    return " " + " ".join(chain[1:]) + END
+    """What is to be written behind the question, up to the end of its line: `c7=q1=z9.`"""
+    return "=".join(chain[1:]) + END
 
 
 def chain_documents(

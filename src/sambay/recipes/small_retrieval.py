@@ -33,7 +33,7 @@ VOCABULARY, WINDOW = 1024, 32
 LENGTH, ROWS = 512, 8
 TOKENS = 3600 * ROWS * LENGTH
 SHARES = {"text": 0.25, "books": 0.5, "chains": 0.25}
-RATE = 1e-2
+RATE = 5e-3
 _RULES = RULES[Parametrization.MUP_PLUS_PLUS]
 _RECURRENT_SIZES: dict[RecurrentKind, dict[str, int]] = {
     RecurrentKind.MAMBA: {},

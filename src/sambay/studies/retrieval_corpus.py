@@ -27,7 +27,7 @@ _SAMPLE_BOOKS = 10_000
 _SAMPLE_CHARACTERS = 1_000_000
 # A number is what has to be found, so its digits are tokens of their own, as in Llama 2's
 # vocabulary: the tokenizer never sees two of them together.
-_DIGITS = re.compile(r"[0-9]+")
+_MORE_DIGITS = re.compile(r"(?<=[0-9])[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -117,22 +117,21 @@ def _book_documents(settings: CorpusSettings) -> Iterator[str]:
 
 
 def _book_sample(settings: CorpusSettings) -> list[str]:
-    return [
-        _DIGITS.sub("\n", one) for one in itertools.islice(_book_documents(settings), _SAMPLE_BOOKS)
-    ]
+    books = itertools.islice(_book_documents(settings), _SAMPLE_BOOKS)
+    return [_MORE_DIGITS.sub("", one) for one in books]
 
 
 def _sample(
     text: Path, include: tuple[str, ...], exclude: tuple[str, ...], folder: Path
 ) -> Iterator[str]:
-    """Texts to train the tokenizer on, without digits."""
+    """Texts to train the tokenizer on, numbers cut to one digit."""
     taken = 0
     for file in list_files([text], include=include, exclude=exclude, out=folder).files:
         try:
             content = Path(file.path).read_bytes()
         except OSError as error:
             raise DataError(f"{file.path} cannot be read: {error.strerror}") from error
-        found = _DIGITS.sub("\n", content.decode("utf-8", "ignore"))
+        found = _MORE_DIGITS.sub("", content.decode("utf-8", "ignore"))
         taken += len(found)
         yield found
         if taken > _SAMPLE_CHARACTERS:

@@ -68,7 +68,7 @@ class ChainsSuite:
     def judge(self, item: Item, answer: Answer) -> dict[str, Any]:
         """Right if the first line of the answer is the chain; and how far it was followed."""
         chain = item.gold["chain"]
-        said = answer.text.partition("\n")[0].removesuffix(END).split()
+        said = answer.text.partition("\n")[0].removesuffix(END).split("=")
         right = chain[1:]
         followed = 0
         while followed < min(len(said), len(right)) and said[followed] == right[followed]:
