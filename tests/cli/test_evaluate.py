@@ -149,7 +149,7 @@ def test_an_evaluation_prints_its_metrics_and_where_they_are(
     assert Path(names[0]).read_bytes() == before
     code, _, err = run(capsys, folder, "my.py:Greetings", "count=4")
     assert code == 2
-    assert "results/tiny-Greetings holds another evaluation: items_sha256 was " in err
+    assert "results/tiny-Greetings holds another evaluation: settings.count was '5', now '4'" in err
 
 
 def test_backends_agree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

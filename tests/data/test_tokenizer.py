@@ -274,3 +274,14 @@ def test_streams_of_other_families_keep_blanks_and_characters(metaspace: Tokeniz
         shown += decoder.push(token)
         assert text.startswith(shown)
     assert shown + decoder.finish() == text
+
+
+def test_what_is_kept_apart_is_never_joined() -> None:
+    texts = ["call 1234567 or 1234567 now\n" * 20, "12 12 12 34 34 34 56 56"]
+    tokenizer = Tokenizer.train(texts, 330, apart="[0-9]{1,2}")
+    text = "call 1234567, and naïve 12\n"
+    parts = [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+    assert [part for part in parts if part.isdigit()] == ["12", "34", "56", "7", "12"]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.byte_level
+    assert tokenizer.encode(text) == tokenizer.encode_slowly(text)

@@ -111,15 +111,22 @@ class Tokenizer:
         return cls(definition, eos_token or _find_eos(file, inner))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, *, apart: str = "") -> Tokenizer:
         """A byte-level BPE tokenizer with at most `vocab_size` entries; `<|endoftext|>` is id 0.
+
+        apart: a regular expression; what it finds is never joined with what is beside it, such as
+            "[0-9]{1,3}" for numbers in groups of three digits.
 
         The result depends on the multiset of texts only, not on their order or the number of
         threads. Texts too few for that many merges give a smaller vocabulary.
         """
         package = library()
         inner = package.Tokenizer(package.models.BPE())
-        inner.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bytes_of = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if apart:
+            split = package.pre_tokenizers.Split(package.Regex(apart), behavior="isolated")
+            bytes_of = package.pre_tokenizers.Sequence([split, bytes_of])
+        inner.pre_tokenizer = bytes_of
         inner.decoder = package.decoders.ByteLevel()
         trainer = package.trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""Chained assignments: `m4=c7` lines in any order, to be followed from one variable to the last.
+"""Chained assignments: `mo=cu` lines in any order, to be followed from one variable to the last.
 
 A model that answers writes every variable on the way, so the steps of its reasoning are as many as
 its answer has words, and each is a look-up in the text. Unlike a phone book, a line found wrongly
@@ -11,11 +11,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from string import ascii_lowercase
 
 from sambay.errors import ConfigError
 
-VARIABLES = tuple(letter + digit for letter in ascii_lowercase for digit in "0123456789")
+# Syllables, which are one token for many tokenizers, so that a step is one look-up.
+VARIABLES = tuple(first + second for first in "bcdfghjklmnpqrstvwxyz" for second in "aeiou")
 END = "."
 
 
@@ -54,12 +54,12 @@ def puzzle(generator: random.Random, steps: Sequence[int]) -> Puzzle:
 
 
 def question(chain: Sequence[str]) -> str:
-    """What a prompt ends with: `m4=`."""
+    """What a prompt ends with: `mo=`."""
     return chain[0] + "="
 
 
 def answer(chain: Sequence[str]) -> str:
-    """What is to be written behind the question, up to the end of its line: `c7=q1=z9.`"""
+    """What is to be written behind the question, up to the end of its line: `cu=qi=ze.`"""
     return "=".join(chain[1:]) + END
 
 
