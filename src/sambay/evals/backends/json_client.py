@@ -17,6 +17,9 @@ from sambay.errors import ConfigError, SambayError
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds before each new attempt at what failed for a reason that may pass."""
 
+FIRST_WAITS = 2
+"""So many of them for what only reads, which comes first: a wrong address should not take long."""
+
 _MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -55,7 +58,7 @@ class JsonClient:
 
     def get(self, path: str) -> dict[str, Any]:
         """The answer to GET; raises as `post`."""
-        return self._call(path, None)
+        return self._call(path, None, self._waits[:FIRST_WAITS])
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to POST, a JSON object.
@@ -64,11 +67,11 @@ class JsonClient:
             ServerError: refused (4xx, with the server's words), still failing after all attempts,
                 or no JSON object.
         """
-        return self._call(path, json.dumps(body).encode())
+        return self._call(path, json.dumps(body).encode(), self._waits)
 
-    def _call(self, path: str, body: bytes | None) -> dict[str, Any]:
+    def _call(self, path: str, body: bytes | None, waits: Sequence[float]) -> dict[str, Any]:
         address = self.url + path
-        for wait in (*self._waits, None):
+        for wait in (*waits, None):
             request = urllib.request.Request(
                 address, body, {"Content-Type": "application/json", "Accept": "application/json"}
             )
@@ -87,7 +90,7 @@ class JsonClient:
                 reason = f"cannot be reached ({cause or type(error).__name__})"
             if wait is not None:
                 self._sleep(min(float(after), 60.0) if after and after.isdigit() else wait)
-        attempts = len(self._waits) + 1
+        attempts = len(waits) + 1
         raise ServerError(
             f"{address} {reason}; gave up after {attempts} attempts, check the server and run the "
             "command again"

@@ -23,7 +23,9 @@ BOOTSTRAP_ROUNDS = 1000
 """Resamples for the standard error of a metric that is no mean, such as a perplexity. lm-eval's
 own number, 100,000, takes minutes for thousands of documents and changes the third digit."""
 
-_LOUD = ("lm_eval", "datasets", "huggingface_hub", "httpx")
+_LOUD = (
+    "lm_eval", "datasets", "huggingface_hub", "httpx", "torchao", "torch.utils._pytree",
+)  # fmt: skip
 
 Answerer = Callable[[str, Sequence[tuple[Any, ...]]], list[Any]]
 """Answers requests of one kind ("loglikelihood", "loglikelihood_rolling", "generate_until"), given
@@ -63,10 +65,12 @@ def module(name: str = "lm_eval") -> Any:
         MissingPackage: lm-eval is not installed.
     """
     try:
-        import lm_eval  # noqa: F401
+        with quiet():
+            import lm_eval  # noqa: F401
+
+            return importlib.import_module(name)
     except ImportError as error:
         raise MissingPackage("lm_eval", "this evaluation", "eval") from error
-    return importlib.import_module(name)
 
 
 def load_tasks(folder: str, names: Sequence[str], **fields: Any) -> list[Any]:
