@@ -17,13 +17,13 @@ from sambay.errors import ConfigError
 from sambay.evals.result import Result
 from sambay.model import LanguageModel
 from sambay.model.folder import save_model_folder
-from sambay.recipes.small_retrieval import LENGTH, VOCABULARY, small_model
+from sambay.recipes.small_retrieval import LENGTH, SHARES, VOCABULARY, small_model
 from sambay.spec.footprint import parameter_count
 from sambay.studies import retrieval
 from sambay.studies.retrieval_corpus import CorpusSettings, write_corpus
 from sambay.studies.retrieval_report import page, write
 
-SETTINGS = CorpusSettings(VOCABULARY, books=40, chains=20, validation_fraction=0.3)
+SETTINGS = CorpusSettings(VOCABULARY, books=40, chains=20, repeats=20, validation_fraction=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 
 def test_the_sets_share_a_tokenizer_that_joins_two_digits_at_most(data: Path, text: Path) -> None:
-    sets = [TokenDataset.open(data / name, "train") for name in ("text", "books", "chains")]
+    sets = [TokenDataset.open(data / name, "train") for name in SHARES]
     assert len({one.manifest.tokenizer_sha256 for one in sets}) == 1
     tokenizer = Tokenizer.load(data / "tokenizer")
     parts = [tokenizer.decode([token]) for token in tokenizer.encode("John: 9876501234\n")]
@@ -65,6 +65,15 @@ def test_books_and_their_questions_fit_a_row(data: Path) -> None:
     assert min(sizes) >= 3
     assert max(sizes) <= 22
     assert sum(size <= 8 for size in sizes) > len(sizes) / 4, "small ones are as many as large ones"
+
+
+def test_repeated_numbers_are_written_twice(data: Path) -> None:
+    lines = (data / "sources" / "repeats.jsonl").read_text().splitlines()
+    for line in lines:
+        first, second = json.loads(line)["text"].splitlines()
+        assert first == second
+        pieces = [first[place : place + 2] for place in range(0, len(first), 2)]
+        assert 10 <= len(pieces) == len(set(pieces)) <= 60
 
 
 def test_other_settings_for_the_same_folder_are_refused(data: Path) -> None:
@@ -149,7 +158,8 @@ def test_the_whole_of_it_in_small(
     """Train, ask, report; again: nothing is trained or asked a second time."""
     tiny = retrieval.Scale(
         tokens=2 * 8 * LENGTH, contenders=retrieval.chosen_contenders(["sambay"]),
-        books=300, chains=300, pairs=(3,), lengths=(2048,), needles=1, steps=(1,), puzzles=2,
+        books=300, chains=300, repeats=300,
+        pairs=(3,), lengths=(2048,), needles=1, steps=(1,), puzzles=2,
     )  # fmt: skip
     monkeypatch.setattr(retrieval, "SMALLER", tiny)
     command = ["study", "retrieval", "--smaller", "--text", str(text), "--out", str(tmp_path)]

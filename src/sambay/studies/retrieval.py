@@ -58,7 +58,7 @@ CONTENDERS = (
 class Scale:
     """How much of it: tokens per run, who takes part, and what is asked.
 
-    books, chains: documents of each kind to train on.
+    books, chains, repeats: documents of each kind to train on.
     pairs: entries of the phone books; steps: of the chains.
     lengths: of the haystacks, room for the answer included: prompts of 640 fill a row.
     """
@@ -67,6 +67,7 @@ class Scale:
     contenders: tuple[Contender, ...] = CONTENDERS
     books: int = 40_000
     chains: int = 20_000
+    repeats: int = 20_000
     pairs: tuple[int, ...] = (_TRAINED_PAIRS, 2 * _TRAINED_PAIRS, 4 * _TRAINED_PAIRS)
     lengths: tuple[int, ...] = (640, 1024)
     needles: int = 100
@@ -92,6 +93,7 @@ SMALLER = Scale(
     contenders=CONTENDERS[:4],
     books=4_000,
     chains=2_000,
+    repeats=2_000,
     pairs=(8, _TRAINED_PAIRS),
     lengths=(640,),
     needles=20,

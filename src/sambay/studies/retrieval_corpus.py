@@ -1,4 +1,8 @@
-"""The data of the retrieval study: real text, phone books, chained assignments, one tokenizer."""
+"""The data of the retrieval study: real text, books, chains, repeated numbers, one tokenizer.
+
+A number of many digits, and the same again: the second time every token follows from one look-up of
+the token before it, the simplest of what the books and chains ask for.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,13 @@ from sambay.evals.chains import chain_documents
 from sambay.evals.phonebook.documents import phone_book_documents
 from sambay.files import atomic_write
 
-TEXT, BOOKS, CHAINS = "text", "books", "chains"
+TEXT, BOOKS, CHAINS, REPEATS = "text", "books", "chains", "repeats"
 _SOURCES, _TOKENIZER = "sources", "tokenizer"
 _EXCLUDED = ("site-packages", "encodings", "pydoc_data", "idle_test")
 _SAMPLE_WRITTEN = 2_000
 _SAMPLE_CHARACTERS = 1_000_000
-# Two digits make a token. With one, as in Llama 2's vocabulary, ten symbols say too little of where
-# in a book one is: models as small as these then learn nothing in millions of tokens.
+# Two digits make a token. With one, as in Llama 2's vocabulary, the last token says too little of
+# where in a book one is: copying ten symbols is not learned in the steps in which copying 64 is.
 _DIGITS = r" ?[0-9]{1,2}"
 
 
@@ -38,7 +42,8 @@ class CorpusSettings:
     pairs: entries of a phone book, from and to.
     most_entries: of a book with its examples and questions, so that it fits a row.
     lines, steps: the most assignments of a puzzle, and steps of a chain.
-    books, chains: documents of each kind.
+    books, chains, repeats: documents of each kind.
+    pieces: of two digits that a number to be repeated has, from and to.
     validation_fraction: of the documents of each kind.
     """
 
@@ -50,6 +55,8 @@ class CorpusSettings:
     steps: int = 10
     books: int = 40_000
     chains: int = 20_000
+    repeats: int = 20_000
+    pieces: tuple[int, int] = (10, 60)
     seed: int = 1
     validation_fraction: float = 0.01
 
@@ -57,7 +64,7 @@ class CorpusSettings:
 def write_corpus(
     folder: Path, settings: CorpusSettings, *, tell: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Write FOLDER/text, books and chains, prepared sets with one tokenizer; again: check them.
+    """Write a prepared set of each kind, with one tokenizer; if they are there, check them.
 
     Raises:
         ConfigError, DataError: a folder without text, or sets that were made otherwise.
@@ -76,6 +83,7 @@ def write_corpus(
         ),
         tell,
     )  # fmt: skip
+    _write_once(sources / f"{REPEATS}.jsonl", _repeats(settings), tell)
     include = () if settings.text else ("*.py",)
     exclude = () if settings.text else _EXCLUDED
     if not (folder / _TOKENIZER / TOKENIZER_FILE).exists():
@@ -87,6 +95,7 @@ def write_corpus(
         (TEXT, text),
         (BOOKS, sources / f"{BOOKS}.jsonl"),
         (CHAINS, sources / f"{CHAINS}.jsonl"),
+        (REPEATS, sources / f"{REPEATS}.jsonl"),
     ):
         prepared = prepare(
             [place],
@@ -116,9 +125,18 @@ def _book_documents(settings: CorpusSettings) -> Iterator[str]:
         yield from phone_book_documents(seed, 1, (pairs, pairs), (questions, questions))
 
 
+def _repeats(settings: CorpusSettings) -> Iterator[str]:
+    """Numbers of pieces of two digits, no piece twice in one, each written twice."""
+    for number in range(settings.repeats):
+        generator = random.Random(f"repeated number {settings.seed} {number}")
+        pieces = generator.sample(range(100), generator.randint(*settings.pieces))
+        text = "".join(f"{piece:02}" for piece in pieces)
+        yield f"{text}\n{text}\n"
+
+
 def _written_sample(sources: Path) -> Iterator[str]:
     """As many books and chains as there is text, to train the tokenizer on."""
-    for name in (BOOKS, CHAINS):
+    for name in (BOOKS, CHAINS, REPEATS):
         with (sources / f"{name}.jsonl").open(encoding="utf-8") as file:
             yield from (
                 json.loads(line)["text"] for line in itertools.islice(file, _SAMPLE_WRITTEN)

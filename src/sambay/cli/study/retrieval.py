@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sambay-w16, sambay-w64 (all; four with --smaller)",
     )  # fmt: skip
     parser.add_argument("--seeds", default="1", metavar="N,N...", help="a run for each (1)")
-    parser.add_argument("--tokens", metavar="N", help="of each run (8 million)")
+    parser.add_argument("--tokens", metavar="N", help="of each run (the recipe's)")
     parser.add_argument(
         "--text", type=Path, metavar="DIR", help="real text (Python's standard library)"
     )
@@ -106,7 +106,9 @@ def _write_data(args: argparse.Namespace, scale: Scale) -> None:
     from sambay.studies.retrieval import DATA
     from sambay.studies.retrieval_corpus import CorpusSettings, write_corpus
 
-    settings = CorpusSettings(VOCABULARY, args.text, books=scale.books, chains=scale.chains)
+    settings = CorpusSettings(
+        VOCABULARY, args.text, books=scale.books, chains=scale.chains, repeats=scale.repeats
+    )
     write_corpus(args.out / DATA, settings, tell=lambda line: print(line, flush=True))
 
 
