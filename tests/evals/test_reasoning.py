@@ -329,7 +329,8 @@ def test_where_the_data_lie_decides_nothing(tmp_path: Path) -> None:
         (tmp_path / place).mkdir()
         data = write_lines(tmp_path / place / "aime.jsonl", AIME)
         suite = ReasoningSuite(benchmark="aime24", data=data, samples=4)
-        evaluate(suite, SCRIPT, tmp_path / "out")  # the second time nothing is left to ask
+        _, backend = evaluate(suite, SCRIPT, tmp_path / "out")
+        assert bool(backend.asked) == (place == "a")  # the second time nothing is left to ask
 
 
 def test_a_judge_that_fails_counts_as_wrong(

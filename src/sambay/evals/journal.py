@@ -58,7 +58,7 @@ class Journal:
         except OSError as error:
             self._lock.close()
             raise WriteFailed(f"cannot open {self.folder / SAMPLES}: {error.strerror}") from error
-        except BaseException:
+        except BaseException:  # whatever it is, the folder must not stay locked
             self._lock.close()
             raise
         return self
