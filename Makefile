@@ -64,7 +64,7 @@ format: setup  ## let ruff repair what it can
 	@$(PY) -m ruff format .
 
 bench: setup  ## benchmarks on this machine, as JSON under build/benchmarks
-	@for name in scan recurrent training prefill decode huggingface; do \
+	@for name in scan recurrent training prefill decode huggingface evaluation; do \
 		echo "== $$name"; $(PY) -m benchmarks.$$name --out build/benchmarks/$$name.json; \
 	done
 

@@ -119,4 +119,6 @@ def _mapped_openmp() -> list[Path]:
     except OSError:
         mapped = {str(path) for path in (home / "lib").glob("lib*omp*")}
     found = [Path(name) for name in sorted(mapped) if pattern.match(Path(name).name)]
-    return sorted(found, key=lambda path: home.parent not in path.parents)
+    # Other packages beside torch bring one too, and name it alike.
+    homes = (home, home.with_name("torch.libs"))
+    return sorted(found, key=lambda path: not any(one in path.parents for one in homes))
