@@ -86,7 +86,8 @@ def test_depth_keeps_the_residual_stream_under_mup_plus_plus_only() -> None:
 def test_wider_and_deeper_models_keep_the_promises() -> None:
     """Also what single weights learn is flat once the width is well above the tokens of a batch."""
     wide = [Point(width, 8) for width in (128, 256, 512)]
-    few = {"batch_size": 1, "sequence_length": 8, "head_dim": 16, "seeds": (0, 1)}
+    # With eight tokens and few heads attention is noisy: two models leave slopes up to 0.2.
+    few = {"batch_size": 1, "sequence_length": 8, "head_dim": 16, "seeds": tuple(range(6))}
     result = measured(Sweep.WIDTH, wide, [PLUS], **few)
     learned = slopes(result.readings, Sweep.WIDTH, Measure.UPDATE, 3)[PLUS]
     for quantity, slope in learned.items():
