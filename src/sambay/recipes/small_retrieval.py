@@ -1,4 +1,4 @@
-"""Retrieval on one processor: half a million parameters, rows of 512 tokens, documents apart.
+"""Retrieval on one processor: 361 thousand parameters, rows of 512 tokens, documents apart.
 
 Every architecture has the hidden size of the Transformer++, and the size of its MLPs makes up for
 what its mixers hold more or less, so that parameters agree within one percent.

@@ -29,7 +29,7 @@ from sambay.train.export import load_checkpoint_model
 from sambay.train.run_dir import MODEL
 
 DATA, RESULTS = "data", "results"
-# Entries of the longest book that a row holds with its questions.
+# Entries of the longest book that the models are trained on.
 _TRAINED_PAIRS = 22
 
 

@@ -2,7 +2,8 @@
 
 Everything lives in DIR: the data, the runs, every answer, and at the end DIR/study.md with tables
 and pictures. Whatever stops it, the same command goes on where it was. It takes a few hours on two
-processors; --smaller takes minutes and shows the way of it, not a result.
+processors; --smaller takes minutes and shows the way of it, not a result. With the recipe as it is
+models this small do not learn to look numbers up: docs/results/small_retrieval.md.
 
 examples:
   sambay study retrieval --out runs/retrieval --processes 2
