@@ -357,3 +357,32 @@ def test_what_cannot_work_is_said_in_one_line(options: dict[str, Any], message: 
     with pytest.raises(ConfigError, match=message) as error:
         PhonebookSuite(**options)
     assert "\n" not in str(error.value)
+
+
+def test_a_book_can_have_fewer_names_and_shorter_numbers() -> None:
+    suite = PhonebookSuite(
+        pairs=(50,), groups=1, batches=1, prompts=3, first_names=8, last_names=9, digits=6
+    )
+    for item in suite.items():
+        lines = [line for line in item.call.prompt.splitlines() if ": " in line][:50]
+        assert len({line.split(": ")[0] for line in lines}) == 50
+        assert len({line.split()[0] for line in lines}) <= 8
+        assert len({line.split()[1] for line in lines}) <= 9
+        assert all(len(line.split(": ")[1]) == 6 for line in lines)
+        assert len(item.gold["phone"]) == 6
+    assert suite.settings["digits"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first_names": 0}, "first_names"),
+        ({"last_names": 100_000}, "in the list"),
+        ({"digits": 0}, "digits"),
+        ({"pairs": (100,), "first_names": 9, "last_names": 9}, "81 different names"),
+        ({"variant": "published", "digits": 6}, "variant=unique"),
+    ],
+)
+def test_entries_that_cannot_be_drawn_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PhonebookSuite(**options)

@@ -17,13 +17,13 @@ from sambay.errors import ConfigError
 from sambay.evals.result import Result
 from sambay.model import LanguageModel
 from sambay.model.folder import save_model_folder
-from sambay.recipes.small_retrieval import LENGTH, SHARES, VOCABULARY, small_model
+from sambay.recipes.small_retrieval import LENGTH, ROWS, SHARES, VOCABULARY, small_model
 from sambay.spec.footprint import parameter_count
 from sambay.studies import retrieval
 from sambay.studies.retrieval_corpus import CorpusSettings, write_corpus
 from sambay.studies.retrieval_report import page, write
 
-SETTINGS = CorpusSettings(VOCABULARY, books=40, chains=20, repeats=20, validation_fraction=0.3)
+SETTINGS = CorpusSettings(VOCABULARY, documents=40, validation_fraction=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +55,43 @@ def test_the_sets_share_a_tokenizer_that_joins_two_digits_at_most(data: Path, te
     assert not [line for line in said if "writing" in line or "training" in line]
 
 
-def test_books_and_their_questions_fit_a_row(data: Path) -> None:
-    lines = (data / "sources" / "books.jsonl").read_text().splitlines()
-    books = [json.loads(line)["text"] for line in lines]
-    entries = [len([line for line in book.splitlines() if line]) for book in books]
+def _documents(data: Path, kind: str) -> list[str]:
+    lines = (data / "sources" / f"{kind}.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def test_books_fit_a_row_and_small_ones_are_as_many_as_large_ones(data: Path) -> None:
+    tokenizer = Tokenizer.load(data / "tokenizer")
+    books = _documents(data, "books")
+    sizes = [len(book.split("\n\n")[0].splitlines()) for book in books]
     assert len(books) == 40
-    assert set(entries) == {25}
-    sizes = [book.index("\n\n") and book.split("\n\n")[0].count("\n") + 1 for book in books]
-    assert min(sizes) >= 3
+    assert min(sizes) == 3
     assert max(sizes) <= 22
-    assert sum(size <= 8 for size in sizes) > len(sizes) / 4, "small ones are as many as large ones"
+    assert sum(size <= 8 for size in sizes) > len(sizes) / 4
+    assert max(len(tokenizer.encode(book)) for book in books) < 1.5 * LENGTH  # full vocabulary: 1.0
+    short = [len(book.split("\n\n")[0].splitlines()) for book in _documents(data, "short_books")]
+    assert set(short) == {3, 4, 5, 6}
+    name, number = books[0].splitlines()[0].split(": ")
+    assert len(name.split()) == 2
+    assert len(number) == 6
 
 
-def test_repeated_numbers_are_written_twice(data: Path) -> None:
-    lines = (data / "sources" / "repeats.jsonl").read_text().splitlines()
-    for line in lines:
-        first, second = json.loads(line)["text"].splitlines()
-        assert first == second
+def test_every_needle_has_its_answer_in_the_text(data: Path) -> None:
+    for text in _documents(data, "needles"):
+        body, question = text.rstrip("\n").rsplit("\n", 1)
+        key = question.split("number for ")[1].split(" mentioned")[0]
+        value = question.rsplit(" is ", 1)[1]
+        assert body.count(f"numbers for {key} is: {value}") == 1
+        assert body.count("One of the special") in (1, 2, 3, 4)
+
+
+def test_repeated_numbers_are_written_again_and_again(data: Path) -> None:
+    for text in _documents(data, "repeats"):
+        first, *others = text.splitlines()
+        assert others
+        assert set(others) == {first}
         pieces = [first[place : place + 2] for place in range(0, len(first), 2)]
-        assert 10 <= len(pieces) == len(set(pieces)) <= 60
+        assert 8 <= len(pieces) == len(set(pieces)) <= 40
 
 
 def test_other_settings_for_the_same_folder_are_refused(data: Path) -> None:
@@ -157,8 +175,8 @@ def test_the_whole_of_it_in_small(
 ) -> None:
     """Train, ask, report; again: nothing is trained or asked a second time."""
     tiny = retrieval.Scale(
-        tokens=2 * 8 * LENGTH, contenders=retrieval.chosen_contenders(["sambay"]),
-        books=300, chains=300, repeats=300,
+        tokens=4 * ROWS * LENGTH, contenders=retrieval.chosen_contenders(["sambay"]),
+        documents=300,
         pairs=(3,), lengths=(2048,), needles=1, steps=(1,), puzzles=2,
     )  # fmt: skip
     monkeypatch.setattr(retrieval, "SMALLER", tiny)

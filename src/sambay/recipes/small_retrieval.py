@@ -1,4 +1,4 @@
-"""Retrieval on one processor: 361 thousand parameters, rows of 512 tokens, documents apart.
+"""Retrieval on one processor: 361 thousand parameters, rows of 256 tokens, documents apart.
 
 Every architecture has the hidden size of the Transformer++, and the size of its MLPs makes up for
 what its mixers hold more or less, so that parameters agree within one percent.
@@ -25,14 +25,18 @@ from sambay.train.config import (
     Packing,
     RunConfig,
     ScheduleConfig,
+    ScheduleKind,
 )
 
 DEPTH, HIDDEN, INTERMEDIATE = 8, 64, 128  # of the Transformer++
 HEAD_DIM, HEADS, KEY_HEADS = 16, 4, 2  # even, as differential attention needs
 VOCABULARY, WINDOW = 1024, 32
-LENGTH, ROWS = 512, 8
-TOKENS = 1500 * ROWS * LENGTH
-SHARES = {"text": 0.2, "books": 0.4, "chains": 0.2, "repeats": 0.2}
+LENGTH, ROWS = 256, 8
+TOKENS = 3000 * ROWS * LENGTH
+# Numbers written again and again teach to look up, and short books what for.
+SHARES = {
+    "text": 0.05, "short_books": 0.4, "books": 0.1, "chains": 0.1, "needles": 0.05, "repeats": 0.3,
+}  # fmt: skip
 # With this rate a SambaY learns to copy random tokens in 320 steps of 2,048; with half of it in
 # about 450, with 5e-3 not in 700, though the loss on text falls faster then.
 RATE = 2e-3
@@ -52,7 +56,7 @@ def small_retrieval(
     rate: float = RATE,
     data: str = "data/retrieval",
 ) -> RunConfig:
-    """Retrieval on one processor: text, phone books, chains, repeats, in rows of 512 tokens."""
+    """Retrieval on one processor: text, phone books, chains, repeats, in rows of 256 tokens."""
     # The rate is that of this very size, so depth and batch leave it as it is.
     base = Base(learning_rate=rate, depth=DEPTH, batch_tokens=ROWS * LENGTH)
     quarter = max(tokens // (ROWS * LENGTH) // 4, 1)
@@ -72,7 +76,13 @@ def small_retrieval(
             ),
             vector_weight_decay=_RULES.weight_decay(Role.VECTOR),
         ),
-        schedule=ScheduleConfig(total_tokens=tokens, warmup_tokens=tokens // 20),
+        # Looking up is learned at the full rate, all of a sudden and late.
+        schedule=ScheduleConfig(
+            total_tokens=tokens,
+            warmup_tokens=tokens // 50,
+            kind=ScheduleKind.WSD,
+            decay_fraction=0.3,
+        ),
         batch=BatchConfig(global_batch_size=ROWS, micro_batch_size=ROWS),
         evaluation=EvaluationConfig(every_steps=quarter, max_tokens=65_536),
         checkpoint=CheckpointConfig(every_steps=quarter, keep=1, asynchronous=False),

@@ -7,7 +7,7 @@ lives in one folder and continues where it stopped: data, runs (as those of a la
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sambay.errors import ConfigError, nearest
@@ -25,12 +25,12 @@ from sambay.hf.tokenizer import find_tokenizer, load_tokenizer
 from sambay.recipes import small_retrieval
 from sambay.studies.members import Member
 from sambay.studies.queue import RUNS
+from sambay.studies.retrieval_documents import CHAIN_LINES, ENTRIES, PAIRS, SHORT_PAIRS
 from sambay.train.export import load_checkpoint_model
 from sambay.train.run_dir import MODEL
 
 DATA, RESULTS = "data", "results"
-# Entries of the longest book that the models are trained on.
-_TRAINED_PAIRS = 22
+_SHORT, _TRAINED = SHORT_PAIRS[1], PAIRS[1]  # entries of the longest books trained on
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,16 @@ CONTENDERS = (
 class Scale:
     """How much of it: tokens per run, who takes part, and what is asked.
 
-    books, chains, repeats: documents of each kind to train on.
+    documents: of each kind to train on.
     pairs: entries of the phone books; steps: of the chains.
-    lengths: of the haystacks, room for the answer included: prompts of 640 fill a row.
+    lengths: of the haystacks, room for the answer included: those of 384 make prompts of a row.
     """
 
     tokens: int = small_retrieval.TOKENS
     contenders: tuple[Contender, ...] = CONTENDERS
-    books: int = 40_000
-    chains: int = 20_000
-    repeats: int = 20_000
-    pairs: tuple[int, ...] = (_TRAINED_PAIRS, 2 * _TRAINED_PAIRS, 4 * _TRAINED_PAIRS)
-    lengths: tuple[int, ...] = (640, 1024)
+    documents: int = 20_000
+    pairs: tuple[int, ...] = (_SHORT, _TRAINED, 2 * _TRAINED, 4 * _TRAINED)
+    lengths: tuple[int, ...] = (384, 640, 1024)
     needles: int = 100
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     puzzles: int = 128
@@ -77,25 +75,23 @@ class Scale:
     def suites(self) -> dict[str, Evaluation]:
         """What every model is asked, by name."""
         return {
-            "phonebook": PhonebookSuite(pairs=self.pairs),
+            "phonebook": PhonebookSuite(pairs=self.pairs, **asdict(ENTRIES)),
             "needles": RulerSuite(
                 lengths=self.lengths,
                 tasks=("niah_single_1", "niah_multikey_1"),
                 samples=self.needles,
                 haystack="noise",
             ),
-            "chains": ChainsSuite(steps=self.steps, prompts=self.puzzles),
+            "chains": ChainsSuite(steps=self.steps, lines=CHAIN_LINES, prompts=self.puzzles),
         }
 
 
 SMALLER = Scale(
     tokens=small_retrieval.TOKENS // 8,
     contenders=CONTENDERS[:4],
-    books=4_000,
-    chains=2_000,
-    repeats=2_000,
-    pairs=(8, _TRAINED_PAIRS),
-    lengths=(640,),
+    documents=2_000,
+    pairs=(_SHORT, _TRAINED),
+    lengths=(384,),
     needles=20,
     steps=(1, 2, 4),
     puzzles=32,

@@ -107,9 +107,7 @@ def _write_data(args: argparse.Namespace, scale: Scale) -> None:
     from sambay.studies.retrieval import DATA
     from sambay.studies.retrieval_corpus import CorpusSettings, write_corpus
 
-    settings = CorpusSettings(
-        VOCABULARY, args.text, books=scale.books, chains=scale.chains, repeats=scale.repeats
-    )
+    settings = CorpusSettings(VOCABULARY, args.text, documents=scale.documents)
     write_corpus(args.out / DATA, settings, tell=lambda line: print(line, flush=True))
 
 

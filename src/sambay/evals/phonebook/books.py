@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sambay.evals.phonebook import census
-from sambay.evals.phonebook.names import unique_names
+from sambay.evals.phonebook.names import FIRST_NAMES, LAST_NAMES, unique_names
 
 FEWEST_PAIRS = 3  # two examples and the one that is asked for
 
@@ -21,10 +21,28 @@ class Variant(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Entries:
+    """What entries are made of: how many of the first and last names, digits of a number."""
+
+    first_names: int = len(FIRST_NAMES)
+    last_names: int = len(LAST_NAMES)
+    digits: int = 10
+
+    def draw(self, generator: random.Random, count: int) -> tuple[list[str], list[str]]:
+        """Names of which none occurs twice, and their numbers."""
+        names = unique_names(generator, count, self.first_names, self.last_names)
+        return names, [unique_phone(generator, self.digits) for _ in range(count)]
+
+
+ALL_NAMES = Entries()
+
+
+@dataclass(frozen=True)
 class Protocol:
     """How many questions there are and what they are: `groups` x `batches` x `prompts` per length.
 
     depths: per cent of the book at which the entry asked for lies, in turn; none: anywhere.
+    entries: where names are unique.
     """
 
     variant: Variant = Variant.UNIQUE
@@ -34,6 +52,7 @@ class Protocol:
     seed: int = 42
     instruction: bool = False
     depths: tuple[int, ...] = ()
+    entries: Entries = ALL_NAMES
 
 
 @dataclass(frozen=True)
@@ -98,8 +117,7 @@ def _unique_question(
 ) -> Question:
     place = f"{protocol.seed} {pairs} {group} {batch} {number}"
     generator = random.Random(f"phonebook question {place}")
-    names = unique_names(generator, pairs)
-    phones = [unique_phone(generator) for _ in range(pairs)]
+    names, phones = protocol.entries.draw(generator, pairs)
     drawn = generator.sample(range(pairs), 3)
     if protocol.depths:
         turn = batch * protocol.prompts + number
@@ -110,9 +128,9 @@ def _unique_question(
     return _question(names, phones, (first, second, needle), (group, batch, number), protocol)
 
 
-def unique_phone(generator: random.Random) -> str:
-    """Ten digits of which the first is from 6 to 9."""
-    return str(generator.randrange(6 * 10**9, 10**10))
+def unique_phone(generator: random.Random, digits: int = 10) -> str:
+    """That many digits, of which the first is from 6 to 9."""
+    return str(generator.randrange(6 * 10 ** (digits - 1), 10**digits))
 
 
 def _published_batch(pairs: int, group: int, batch: int, protocol: Protocol) -> Iterator[Question]:

@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator
 
 from sambay.errors import ConfigError
-from sambay.evals.phonebook.books import FEWEST_PAIRS, entries_of, unique_phone
-from sambay.evals.phonebook.names import MOST_NAMES, unique_names
+from sambay.evals.phonebook.books import ALL_NAMES, FEWEST_PAIRS, Entries, entries_of
+from sambay.evals.phonebook.names import MOST_NAMES
 
 
 def phone_book_documents(
@@ -15,6 +15,7 @@ def phone_book_documents(
     count: int,
     pairs_range: tuple[int, int],
     questions_range: tuple[int, int] = (1, 8),
+    entries: Entries = ALL_NAMES,
 ) -> Iterator[str]:
     """`count` documents, always the same for a seed; both ends of the ranges are included.
 
@@ -27,21 +28,29 @@ def phone_book_documents(
         ConfigError: a range that is empty or outside of what is possible.
     """
     _check("count", (count, count), 0, None)
-    _check("pairs_range", pairs_range, FEWEST_PAIRS, MOST_NAMES)
+    most = min(MOST_NAMES, entries.first_names * entries.last_names)
+    _check("pairs_range", pairs_range, FEWEST_PAIRS, most)
     _check("questions_range", questions_range, 1, None)
     return (
-        _document(random.Random(f"phonebook document {seed} {index}"), pairs_range, questions_range)
+        _document(
+            random.Random(f"phonebook document {seed} {index}"),
+            pairs_range,
+            questions_range,
+            entries,
+        )
         for index in range(count)
     )
 
 
 def _document(
-    generator: random.Random, pairs_range: tuple[int, int], questions_range: tuple[int, int]
+    generator: random.Random,
+    pairs_range: tuple[int, int],
+    questions_range: tuple[int, int],
+    kind: Entries,
 ) -> str:
     pairs = generator.randint(*pairs_range)
     num_questions = generator.randint(*questions_range)
-    names = unique_names(generator, pairs)
-    entries = entries_of(names, [unique_phone(generator) for _ in range(pairs)])
+    entries = entries_of(*kind.draw(generator, pairs))
     order = generator.sample(entries, pairs)
     examples, others, asked = order[:2], order[2:], order[2:]
     while len(asked) < num_questions:

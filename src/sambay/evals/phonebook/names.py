@@ -106,10 +106,20 @@ FIRST_NAMES, LAST_NAMES = tuple(_FIRST.split()), tuple(_LAST.split())
 MOST_NAMES = len(FIRST_NAMES) * len(LAST_NAMES)
 
 
-def unique_names(generator: random.Random, count: int) -> list[str]:
-    """`count` different full names in random order; all first and last names are equally likely."""
-    assert count <= MOST_NAMES, "more names than there are"
+def unique_names(
+    generator: random.Random, count: int, first: int = len(FIRST_NAMES), last: int = len(LAST_NAMES)
+) -> list[str]:
+    """`count` different full names in random order; all first and last names are equally likely.
+
+    first, last: how many of the first and last names are in use, spread over the lists.
+    """
+    assert count <= first * last, "more names than there are"
+    firsts, lasts = _spread(FIRST_NAMES, first), _spread(LAST_NAMES, last)
     return [
-        f"{FIRST_NAMES[number // len(LAST_NAMES)]} {LAST_NAMES[number % len(LAST_NAMES)]}"
-        for number in generator.sample(range(MOST_NAMES), count)
+        f"{firsts[number // last]} {lasts[number % last]}"
+        for number in generator.sample(range(first * last), count)
     ]
+
+
+def _spread(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    return tuple(names[at * len(names) // count] for at in range(count))

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sambay.errors import ConfigError, nearest
 from sambay.evals.calls import Answer, Backend, Call
-from sambay.evals.phonebook.books import FEWEST_PAIRS, Protocol, Variant, first_line, questions
+from sambay.evals.phonebook.books import (
+    ALL_NAMES,
+    FEWEST_PAIRS,
+    Entries,
+    Protocol,
+    Variant,
+    first_line,
+    questions,
+)
 from sambay.evals.phonebook.comparison import draw_depths, draw_lengths
-from sambay.evals.phonebook.names import MOST_NAMES
+from sambay.evals.phonebook.names import FIRST_NAMES, LAST_NAMES
 from sambay.evals.result import Result
 from sambay.evals.runner import Item, Progress, run_suite
 from sambay.evals.statistics import Metric, population_deviation
@@ -35,6 +43,8 @@ class PhonebookSuite:
         none: anywhere, as published. Only where names are unique.
     depth_bins: parts of the book for which accuracy is reported where `depths` has none.
     instruction: begin the prompt with a sentence that says whose number will be asked for.
+    first_names, last_names: how many different ones there are; digits: of a number. Fewer make a
+        book that small models can be trained on. Only where names are unique.
 
     Raises:
         ConfigError: a setting that cannot work.
@@ -52,6 +62,9 @@ class PhonebookSuite:
     instruction: bool = False
     depths: tuple[int, ...] = ()
     depth_bins: int = 8
+    first_names: int = len(FIRST_NAMES)
+    last_names: int = len(LAST_NAMES)
+    digits: int = 10
 
     def __post_init__(self) -> None:
         if self.variant not in list(Variant):
@@ -68,6 +81,7 @@ class PhonebookSuite:
         for name in ("groups", "batches", "prompts", "max_new_tokens", "depth_bins"):
             _check_whole(name, getattr(self, name), least=1)
         _check_whole("seed", self.seed, least=0)
+        self._check_entries()
         self._check_pairs()
         if any(not 0 <= depth <= 100 for depth in self.depths):
             raise ConfigError(f"depths = {self.depths}; they are per cent, from 0 to 100")
@@ -75,6 +89,23 @@ class PhonebookSuite:
             raise ConfigError(
                 "depths: the published prompts have their entries where they are; use "
                 "variant=unique to choose the depth"
+            )
+
+    @property
+    def _entries(self) -> Entries:
+        return Entries(self.first_names, self.last_names, self.digits)
+
+    def _check_entries(self) -> None:
+        for name, most in (("first_names", len(FIRST_NAMES)), ("last_names", len(LAST_NAMES))):
+            value = getattr(self, name)
+            _check_whole(name, value, least=1)
+            if value > most:
+                raise ConfigError(f"{name} = {value}; there are {most} in the list")
+        _check_whole("digits", self.digits, least=1)
+        if self.variant is Variant.PUBLISHED and self._entries != ALL_NAMES:
+            raise ConfigError(
+                "first_names, last_names, digits: the published prompts have theirs; use "
+                "variant=unique to choose them"
             )
 
     def _check_pairs(self) -> None:
@@ -85,9 +116,10 @@ class PhonebookSuite:
                 f"pairs = {min(self.pairs)}; a book needs {FEWEST_PAIRS} entries, two examples and "
                 "the one asked for"
             )
-        if self.variant is Variant.UNIQUE and max(self.pairs) > MOST_NAMES:
+        most = self.first_names * self.last_names
+        if self.variant is Variant.UNIQUE and max(self.pairs) > most:
             raise ConfigError(
-                f"pairs = {max(self.pairs)}; there are {MOST_NAMES:,} different names, so a book "
+                f"pairs = {max(self.pairs)}; there are {most:,} different names, so a book "
                 "cannot be longer"
             )
 
@@ -103,7 +135,9 @@ class PhonebookSuite:
             MissingPackage: the published variant, without the package `names`.
         """
         options = ("variant", "groups", "batches", "prompts", "seed", "instruction", "depths")
-        protocol = Protocol(**{name: getattr(self, name) for name in options})
+        protocol = Protocol(
+            **{name: getattr(self, name) for name in options}, entries=self._entries
+        )
         return [
             # No stop string: whether a line or the whole text ended behind the number matters.
             Item(
