@@ -27,6 +27,7 @@ from sambay.hf.conversion import register_official_names
 from sambay.hf.pretrained import SambaYPreTrainedModel
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.norm import make_norm
+from sambay.layers.projection import Linear
 from sambay.layers.state import LayerState
 from sambay.model.block import Block
 from sambay.model.decoder import call_block, run_blocks
@@ -157,7 +158,7 @@ class SambaYForCausalLM(SambaYPreTrainedModel, GenerationMixin):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.model = SambaYModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def _supports_default_dynamic_cache(self) -> bool:

@@ -5,6 +5,7 @@ Shape letters: B batch, T columns, D hidden, H query heads, K key heads, P head 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.own_part import own_part
 from sambay.layers.precision import Float32Parameters
-from sambay.layers.projection import ResidualProjection
+from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
 from sambay.layers.rope import make_position
+from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import KVState, LayerState
 from sambay.ops.attention import attention
+from sambay.ops.decode import decode_attention, decode_differential_attention, store_columns
 from sambay.ops.differential import differential_attention, lambda_init
 from sambay.spec import AttentionVariant, LayerSpec, MemorySource, ModelConfig
 
@@ -46,6 +49,16 @@ class SoftmaxMaps(nn.Module):
             dropout=self.dropout if self.training else 0.0,
         )
         return out.transpose(1, 2).flatten(2)
+
+    def decode_constants(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
+        """(B, H, P) queries to (B, H * P) for one token per slot."""
+        return decode_attention(q, k, v, lengths, scale=self.scale).flatten(1)
 
 
 class DifferentialMaps(Float32Parameters):
@@ -93,6 +106,26 @@ class DifferentialMaps(Float32Parameters):
         out = F.rms_norm(out, out.shape[-1:], norm_weight, self.eps)
         return (out * (1 - self.lambda_init)).transpose(1, 2).flatten(2)
 
+    def decode_constants(self) -> dict[str, Tensor]:
+        """The scalar lambda, `weight`."""
+        return {"weight": self.weight()}
+
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, constants: Mapping[str, Tensor]
+    ) -> Tensor:
+        """(B, H, P) queries to (B, H * P) for one token per slot."""
+        return decode_differential_attention(
+            q,
+            k,
+            v,
+            lengths,
+            constants["weight"],
+            self.norm_weight,
+            scale=self.scale,
+            eps=self.eps,
+            factor=1 - self.lambda_init,
+        )
+
 
 _MAPS = {
     AttentionVariant.SOFTMAX: SoftmaxMaps,
@@ -114,8 +147,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         D, size = config.hidden_size, config.attention_size
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(D, size, bias=config.attention_bias)
-        self.maps = _MAPS[config.attention_variant](config, layer)
+        self.q_proj = Linear(D, size, bias=config.attention_bias)
+        self.maps: SoftmaxMaps | DifferentialMaps = _MAPS[config.attention_variant](config, layer)
         self.position = make_position(config)
         self.out_proj = ResidualProjection(size, D, bias=config.attention_bias)
 
@@ -133,6 +166,24 @@ class CrossAttention(nn.Module):
         q_BHTP = _heads(self.q_proj(context.select(x_BTD)), self.head_dim)
         return self.position(q_BHTP, context.narrowed())
 
+    def decode_constants(self) -> dict[str, Tensor]:
+        """Those of the maps."""
+        return self.maps.decode_constants()
+
+    def decode(
+        self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, D) to (B, D) for one token per slot."""
+        assert shared.keys is not None, "the pattern guarantees an earlier publisher"
+        assert shared.values is not None, "they come together"
+        q_BHP = self._decode_queries(x_BD, step)
+        out = self.maps.decode(q_BHP, shared.keys, shared.values, step.lengths_B, layer.constants)
+        return few_rows(self.out_proj, out), shared
+
+    def _decode_queries(self, x_BD: Tensor, step: SlotStep) -> Tensor:
+        q_BHP = few_rows(self.q_proj, x_BD).unflatten(-1, (-1, self.head_dim))
+        return self.position.decode(q_BHP, step)
+
 
 class SelfAttention(CrossAttention):
     """Keys and values of its own, windowed or full; may publish them, or its heads as memory."""
@@ -146,7 +197,7 @@ class SelfAttention(CrossAttention):
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__(config, layer)
         kv_size = 2 * config.num_kv_heads * config.head_dim
-        self.kv_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.kv_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.publishes_kv = layer.publishes_kv
         self.publishes_memory = layer.publishes_memory is MemorySource.ATTENTION
 
@@ -167,6 +218,24 @@ class SelfAttention(CrossAttention):
         if self.publishes_memory:
             shared = shared._replace(memory=out)
         return self.out_proj(out), shared
+
+    def decode(
+        self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, D) to (B, D) for one token per slot, whose keys and values are stored."""
+        assert isinstance(layer.state, KVState)
+        heads = few_rows(self.kv_proj, x_BD).unflatten(-1, (-1, self.head_dim))
+        k_BKP, v_BKP = heads.chunk(2, dim=1)
+        k_BKSP, v_BKSP = layer.state.buffers["keys"], layer.state.buffers["values"]
+        columns_B, lengths_B = layer.state.places(step)
+        store_columns(self.position.decode(k_BKP, step), v_BKP, k_BKSP, v_BKSP, columns_B)
+        if self.publishes_kv:
+            shared = shared._replace(keys=k_BKSP, values=v_BKSP)
+        q_BHP = self._decode_queries(x_BD, step)
+        out = self.maps.decode(q_BHP, k_BKSP, v_BKSP, lengths_B, layer.constants)
+        if self.publishes_memory:
+            shared = shared._replace(memory=out)
+        return few_rows(self.out_proj, out), shared
 
 
 def set_attention_dropout(model: nn.Module, *, self_decoder: float, cross_decoder: float) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.norm import GatedRMSNorm
 from sambay.layers.precision import Float32Parameters
-from sambay.layers.projection import ResidualProjection
+from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
+from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import RecurrentState
 from sambay.ops.causal_conv import causal_conv, causal_conv_step
 from sambay.ops.gated_delta import gated_delta, gated_delta_step, l2_normalise
@@ -53,12 +54,12 @@ class GatedDelta(Float32Parameters):
             config.d_state,
             config.recurrent_head_dim,
         )
-        self.q_proj = nn.Linear(D, H * K, bias=False)
-        self.k_proj = nn.Linear(D, H * K, bias=False)
-        self.v_proj = nn.Linear(D, H * V, bias=False)
-        self.g_proj = nn.Linear(D, H * V, bias=False)
-        self.a_proj = nn.Linear(D, H, bias=False)
-        self.b_proj = nn.Linear(D, H, bias=False)
+        self.q_proj = Linear(D, H * K, bias=False)
+        self.k_proj = Linear(D, H * K, bias=False)
+        self.v_proj = Linear(D, H * V, bias=False)
+        self.g_proj = Linear(D, H * V, bias=False)
+        self.a_proj = Linear(D, H, bias=False)
+        self.b_proj = Linear(D, H, bias=False)
         # Of the channels of q, k and v, in this order; the last weight is that of the same column.
         self.conv_weight = nn.Parameter(torch.empty(2 * H * K + H * V, config.d_conv))
         self.dt_bias = nn.Parameter(torch.empty(H))
@@ -81,14 +82,44 @@ class GatedDelta(Float32Parameters):
     ) -> tuple[Tensor, SharedStates]:
         """(B, T, D) to (B, T or keep, D); advances `state` by T columns if there is one."""
         o_BTE = context.select(self._mix(x_BTD, context, state)).flatten(2)
-        gate_BTE = self.g_proj(context.select(x_BTD))
-        # A norm before the gate sees one head at a time, a norm after it all of them.
-        size = self.norm.weight.shape[0]
-        outputs = self.norm(o_BTE.unflatten(-1, (-1, size)), gate_BTE.unflatten(-1, (-1, size)))
-        gated_BTE, memory_BTE = (part.flatten(2) for part in outputs)
+        gated_BTE, memory_BTE = self._gated(o_BTE, self.g_proj(context.select(x_BTD)))
         if self.publishes_memory:
             shared = shared._replace(memory=memory_BTE)
         return self.out_proj(gated_BTE), shared
+
+    def decode(
+        self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, D) to (B, D) for one token per slot, by which `layer.state` is advanced."""
+        assert isinstance(layer.state, RecurrentState)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        u_BC = torch.cat([few_rows(proj, x_BD) for proj in projections], dim=-1)
+        o_BHV = self._mix_one(u_BC, *self._rates(x_BD), layer.state)
+        gated_BE, memory_BE = self._gated(o_BHV.flatten(1), few_rows(self.g_proj, x_BD))
+        if self.publishes_memory:
+            shared = shared._replace(memory=memory_BE)
+        return few_rows(self.out_proj, gated_BE), shared
+
+    def _gated(self, o: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Readout (..., E) and gate to what is projected and what is published, (..., E) each."""
+        # A norm before the gate sees one head at a time, a norm after it all of them.
+        size = self.norm.weight.shape[0]
+        outputs = self.norm(o.unflatten(-1, (-1, size)), gate.unflatten(-1, (-1, size)))
+        return outputs[0].flatten(-2), outputs[1].flatten(-2)
+
+    def _mix_one(
+        self, u_BC: Tensor, log_decay_BH: Tensor, beta_BH: Tensor, state: RecurrentState
+    ) -> Tensor:
+        """One decode step, (B, H, V)."""
+        no_bias = self.conv_weight.new_zeros(u_BC.shape[-1])
+        u_BC = causal_conv_step(u_BC, self.conv_weight, no_bias, state_BCE=state.buffers["conv"])
+        return gated_delta_step(
+            *self._heads(u_BC),
+            log_decay_BH,
+            beta_BH,
+            scale=self.scale,
+            state_BHKV=state.buffers["ssm"],
+        )
 
     def _mix(self, x_BTD: Tensor, context: BatchContext, state: RecurrentState | None) -> Tensor:
         """Convolution and delta rule over the columns; its output, (B, T, H, V)."""
@@ -98,17 +129,7 @@ class GatedDelta(Float32Parameters):
         log_decay_BTH, beta_BTH = self._rates(x_BTD)
         single = u_BTC.shape[1] == 1 and padding is None and not torch.is_grad_enabled()
         if state is not None and single:
-            u_BC = causal_conv_step(
-                u_BTC[:, 0], self.conv_weight, no_bias, state_BCE=state.buffers["conv"]
-            )
-            o_BHV = gated_delta_step(
-                *self._heads(u_BC),
-                log_decay_BTH[:, 0],
-                beta_BTH[:, 0],
-                scale=self.scale,
-                state_BHKV=state.buffers["ssm"],
-            )
-            return o_BHV[:, None]
+            return self._mix_one(u_BTC[:, 0], log_decay_BTH[:, 0], beta_BTH[:, 0], state)[:, None]
         if padding is not None:
             # As if the row started after it: keys and values stay zero, and so does the state.
             u_BTC = u_BTC.masked_fill(padding, 0)

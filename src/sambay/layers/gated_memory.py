@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.norm import RMSNorm
-from sambay.layers.projection import ResidualProjection
+from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
+from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import LayerState
 from sambay.spec import GatedMemory, LayerSpec, ModelConfig
 
@@ -32,7 +33,7 @@ class GatedMemoryUnit(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, config.memory_size, bias=False)
+        self.in_proj = Linear(config.hidden_size, config.memory_size, bias=False)
         self.norm = _NORMS[config.gated_memory](config)
         self.out_proj = ResidualProjection(config.memory_size, config.hidden_size, bias=False)
 
@@ -44,3 +45,11 @@ class GatedMemoryUnit(nn.Module):
         x = context.select(x_BTD)
         memory = shared.memory[:, shared.memory.shape[1] - x.shape[1] :]
         return self.out_proj(self.norm(F.silu(self.in_proj(x)) * memory)), shared
+
+    def decode(
+        self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, D) to (B, D) for one token per slot."""
+        assert shared.memory is not None, "the pattern guarantees an earlier publisher"
+        gated = F.silu(few_rows(self.in_proj, x_BD)) * shared.memory
+        return few_rows(self.out_proj, self.norm(gated)), shared

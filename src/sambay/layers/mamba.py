@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.own_part import own_part
 from sambay.layers.precision import Float32Parameters
-from sambay.layers.projection import ResidualProjection
+from sambay.layers.projection import Linear, ResidualProjection, few_rows, is_plain
 from sambay.layers.roles import Role
+from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import RecurrentState
 from sambay.ops.causal_conv import causal_conv, causal_conv_step
+from sambay.ops.decode import mamba_step
 from sambay.ops.selective_scan import selective_scan, selective_scan_step
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
 
@@ -46,11 +48,11 @@ class Mamba(Float32Parameters):
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
         D, E, N, R = config.hidden_size, config.d_inner, config.d_state, config.dt_rank
-        self.in_proj = nn.Linear(D, 2 * E, bias=False)
+        self.in_proj = Linear(D, 2 * E, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(E, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(E))
-        self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
-        self.dt_proj = nn.Linear(R, E, bias=False)
+        self.x_proj = Linear(E, R + 2 * N, bias=False)
+        self.dt_proj = Linear(R, E, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(E))
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))
@@ -73,12 +75,39 @@ class Mamba(Float32Parameters):
             shared = shared._replace(memory=y_BTE)
         return self.out_proj(y_BTE * F.silu(z_BTE)), shared
 
+    def decode(
+        self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, D) to (B, D) for one token per slot, by which `layer.state` is advanced."""
+        assert isinstance(layer.state, RecurrentState)
+        u_BE, z_BE = few_rows(self.in_proj, x_BD).chunk(2, dim=-1)
+        y_BE = self._mix_slots(u_BE, layer.state)
+        if self.publishes_memory:
+            shared = shared._replace(memory=y_BE)
+        return few_rows(self.out_proj, y_BE * F.silu(z_BE)), shared
+
+    def _mix_slots(self, u_BE: Tensor, state: RecurrentState) -> Tensor:
+        if not (is_plain(self.x_proj) and is_plain(self.dt_proj)):
+            return self._mix_one(u_BE, state)
+        return mamba_step(
+            u_BE,
+            self.conv_weight,
+            self.conv_bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            conv_state_BCE=state.buffers["conv"],
+            ssm_state_BEN=state.buffers["ssm"],
+        )
+
     def _mix(self, u_BTE: Tensor, context: BatchContext, state: RecurrentState | None) -> Tensor:
         """Convolution and scan over the columns; the scan output with the D skip, (B, T, E)."""
         padding, resets = context.padding(u_BTE.device), context.resets()
         single = u_BTE.shape[1] == 1 and padding is None and not torch.is_grad_enabled()
         if state is not None and single:
-            return self._mix_one(u_BTE[:, 0], state)[:, None]
+            return self._mix_slots(u_BTE[:, 0], state)[:, None]
         if padding is not None:
             u_BTE = u_BTE.masked_fill(padding, 0)  # as if the row started after it
         conv_state = None if state is None else state.buffers["conv"].to(u_BTE.dtype)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.norm import GatedRMSNorm
 from sambay.layers.precision import Float32Parameters
-from sambay.layers.projection import ResidualProjection
+from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
+from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import RecurrentState
 from sambay.ops.causal_conv import causal_conv, causal_conv_step
 from sambay.ops.state_space_dual import state_space_dual, state_space_dual_step
@@ -47,7 +48,7 @@ class Mamba2(Float32Parameters):
         self.scan_splits = (E, N, N)
         self.head_dim = config.recurrent_head_dim
         self.publishes_memory = layer.publishes_memory is MemorySource.MAMBA
-        self.in_proj = nn.Linear(D, sum(self.splits), bias=False)
+        self.in_proj = Linear(D, sum(self.splits), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(E + 2 * N, config.d_conv))
         self.conv_bias = nn.Parameter(torch.empty(E + 2 * N))
         self.dt_bias = nn.Parameter(torch.empty(H))
@@ -71,6 +72,17 @@ class Mamba2(Float32Parameters):
         if self.publishes_memory:
             shared = shared._replace(memory=memory_BTE)
         return self.out_proj(gated_BTE), shared
+
+    def decode(
+        self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, D) to (B, D) for one token per slot, by which `layer.state` is advanced."""
+        assert isinstance(layer.state, RecurrentState)
+        z_BE, u_BX, delta_BH = few_rows(self.in_proj, x_BD).split(self.splits, dim=-1)
+        gated_BE, memory_BE = self.norm(self._mix_one(u_BX, delta_BH, layer.state), z_BE)
+        if self.publishes_memory:
+            shared = shared._replace(memory=memory_BE)
+        return few_rows(self.out_proj, gated_BE), shared
 
     def _mix(
         self, u_BTX: Tensor, delta_BTH: Tensor, context: BatchContext, state: RecurrentState | None

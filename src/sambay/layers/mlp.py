@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import SharedStates
-from sambay.layers.projection import ResidualProjection
+from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
 
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerSpec) -> None:
         super().__init__()
-        self.in_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.in_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.out_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
         self.publishes_memory = layer.publishes_memory is MemorySource.MLP
 
@@ -31,3 +31,10 @@ class SwiGLU(nn.Module):
         if self.publishes_memory:
             shared = shared._replace(memory=value)
         return self.out_proj(F.silu(gate) * value), shared
+
+    def decode(self, x_BD: Tensor, shared: SharedStates) -> tuple[Tensor, SharedStates]:
+        """(B, D) to (B, D) for one token per slot."""
+        gate, value = few_rows(self.in_proj, x_BD).chunk(2, dim=-1)
+        if self.publishes_memory:
+            shared = shared._replace(memory=value)
+        return few_rows(self.out_proj, F.silu(gate) * value), shared

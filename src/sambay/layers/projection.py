@@ -1,13 +1,57 @@
-"""The matrices that end a mixer or an MLP."""
+"""Linear maps that read their weight at the speed of memory where few rows meet it."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sambay.ops.decode import skinny_linear
+
+MOST_ROWS = 32
+"""Up to so many rows a product is over when its weight has been read."""
 
 
-class ResidualProjection(nn.Linear):
+class Linear(nn.Linear):
+    """What `nn.Linear` computes; a few rows on a CPU, without gradients, by `skinny_linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) to (..., F)."""
+        if not _is_skinny(input) or type(self.weight) is not nn.Parameter:
+            return F.linear(input, self.weight, self.bias)
+        rows = skinny_linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return rows.view(*input.shape[:-1], self.out_features)
+
+
+class ResidualProjection(Linear):
     """A linear map whose output is added to the residual stream.
 
     It computes what `nn.Linear` does. It is a class of its own because initialisation treats these
     matrices differently (arXiv 2507.06607, table 6).
     """
+
+
+def _is_skinny(x: Tensor) -> bool:
+    """Whether a product with these rows, (..., D), is only a reading of the weight."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    skinny = 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+    return skinny and type(x) is Tensor and not torch.is_autocast_enabled("cpu")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a map is nothing but a weight and a bias: no adapter, and not quantised."""
+    return (
+        type(linear) in (nn.Linear, Linear, ResidualProjection)
+        and type(linear.weight) is nn.Parameter
+    )
+
+
+def few_rows(linear: nn.Module, x_BD: Tensor) -> Tensor:
+    """(B, D) to (B, F) by a linear map, where rows are slots: without gradients.
+
+    On a CPU a plain map reads its weight at the speed of memory; any other map is simply called.
+    """
+    if x_BD.device.type == "cpu" and len(x_BD) <= MOST_ROWS and is_plain(linear):
+        return skinny_linear(x_BD, linear.weight, linear.bias)  # pyright: ignore
+    return linear(x_BD)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext
+from sambay.layers.slots import SlotStep
 from sambay.spec import ModelConfig, Position
 
 
@@ -18,6 +19,10 @@ class NoPosition(nn.Module):
     def forward(self, x_BHTP: Tensor, context: BatchContext) -> Tensor:
         """The argument itself."""
         return x_BHTP
+
+    def decode(self, x_BHP: Tensor, step: SlotStep) -> Tensor:
+        """The argument itself."""
+        return x_BHP
 
 
 class Rotary(nn.Module):
@@ -32,18 +37,32 @@ class Rotary(nn.Module):
 
     def forward(self, x_BHTP: Tensor, context: BatchContext) -> Tensor:
         """(B, H, T, P) rotated, in the same dtype; T is `context.num_columns`."""
-        half = torch.arange(self.head_dim // 2, device=x_BHTP.device, dtype=torch.float32)
-        rates = self.theta ** (-2 * half / self.head_dim)
-        angles = context.positions(x_BHTP.device)[:, None, :, None].float() * rates
-        cos, sin = angles.cos(), angles.sin()
-        first, second = x_BHTP.to(torch.promote_types(x_BHTP.dtype, torch.float32)).chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(x_BHTP.dtype)
+        return _rotated(x_BHTP, *self._turns(context.positions(x_BHTP.device)[:, None, :, None]))
+
+    def decode(self, x_BHP: Tensor, step: SlotStep) -> Tensor:
+        """(B, H, P) rotated, in the same dtype, for one token per slot."""
+
+        def turns() -> tuple[Tensor, Tensor]:
+            return self._turns(step.columns_B[:, None, None])
+
+        return _rotated(x_BHP, *step.once(("turns", self.theta, self.head_dim), turns))
+
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, positions (..., 1) to (..., P / 2)."""
+        half = torch.arange(self.head_dim // 2, device=positions.device, dtype=torch.float32)
+        angles = positions.float() * self.theta ** (-2 * half / self.head_dim)
+        return angles.cos(), angles.sin()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
 
 
 _CLASSES = {Position.NONE: NoPosition, Position.ROPE: Rotary}
 
 
-def make_position(config: ModelConfig) -> nn.Module:
+def make_position(config: ModelConfig) -> NoPosition | Rotary:
     """The configured treatment of positions."""
     return _CLASSES[config.position](config)

@@ -1,12 +1,14 @@
 """The state one layer keeps between forwards; a cache holds one per layer that needs it.
 
-Buffers are allocated once and written in place. All rows stand at the same column, given by
-`context.offset`.
+Buffers are allocated once and written in place. In a forward all rows stand at the same column,
+given by `context.offset`; in a decode step over slots each stands at its own.
 """
 
 from __future__ import annotations
 
 import abc
+import copy
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch import Tensor
 from sambay.errors import ConfigError
 from sambay.layers.context import BatchContext
 from sambay.spec.recurrent import StateShape
+
+if TYPE_CHECKING:
+    from sambay.layers.slots import SlotStep
 
 
 class LayerState:
@@ -26,6 +31,25 @@ class LayerState:
     def nbytes(self) -> int:
         """The bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def rows(self, first: int, count: int) -> Self:
+        """A state of `count` rows from `first` on, in the same memory."""
+        view = copy.copy(self)
+        view.buffers = {name: x[first : first + count] for name, x in self.buffers.items()}
+        return view
+
+    def clear(self) -> None:
+        """Make every row one without columns."""
+
+    def copy_row(self, row: int, target: int, columns: int) -> None:
+        """Copy row `row`, which holds `columns` columns, to row `target`."""
+        for buffer in self.buffers.values():
+            buffer[target] = buffer[row]
+
+    def take_row(self, target: int, other: Self, row: int, start: int, end: int) -> None:
+        """Copy columns `start` to `end`, all there are, of a row of another state to `target`."""
+        for name, buffer in self.buffers.items():
+            buffer[target] = other.buffers[name][row]
 
     def select_rows(self, index: Tensor) -> None:
         """Keep only the rows in `index` (int64), in that order.
@@ -57,6 +81,11 @@ class RecurrentState(LayerState):
             conv=torch.zeros(batch, *shape.conv, device=device),
             ssm=torch.zeros(batch, *shape.ssm, device=device),
         )
+
+    def clear(self) -> None:
+        """Make every row one without columns."""
+        for buffer in self.buffers.values():
+            buffer.zero_()
 
 
 class KVState(LayerState, abc.ABC):
@@ -97,6 +126,15 @@ class KVState(LayerState, abc.ABC):
             ConfigError: the cache has no room left.
         """
 
+    @abc.abstractmethod
+    def places(self, step: SlotStep) -> tuple[Tensor, Tensor]:
+        """Where each slot stores its new column, and how many stored columns each then has."""
+
+    def copy_row(self, row: int, target: int, columns: int) -> None:
+        """Copy row `row`, which holds `columns` columns, to row `target`."""
+        for buffer in self.buffers.values():
+            buffer[target, :, :columns] = buffer[row, :, :columns]
+
     def reserve(self, capacity: int) -> None:
         """Make room for a text of `capacity` columns, keeping what is stored."""
         columns = self._columns_for(capacity)
@@ -133,6 +171,15 @@ class FullKV(KVState):
         keys, values = (self.buffers[name][:, :, :end] for name in ("keys", "values"))
         return keys, values, context.starts
 
+    def places(self, step: SlotStep) -> tuple[Tensor, Tensor]:
+        """The column itself, and all of them."""
+        return step.columns_B, step.lengths_B
+
+    def take_row(self, target: int, other: Self, row: int, start: int, end: int) -> None:
+        """Copy columns `start` to `end`, all there are, of a row of another state to `target`."""
+        for name, buffer in self.buffers.items():
+            buffer[target, :, : end - start] = other.buffers[name][row, :, start:end]
+
 
 class WindowKV(KVState):
     """A ring of the last `columns` columns: column c lies in slot c modulo its size."""
@@ -157,6 +204,22 @@ class WindowKV(KVState):
             visible.append(torch.cat((self._in_order(name, context.offset), new), dim=2))
             self.buffers[name][:, :, slots] = new[:, :, T - kept :]
         return visible[0], visible[1], _shifted(context, first)
+
+    def places(self, step: SlotStep) -> tuple[Tensor, Tensor]:
+        """The slot of the ring, and at most as many columns as it has."""
+        return step.in_ring(self.columns)
+
+    def take_row(self, target: int, other: Self, row: int, start: int, end: int) -> None:
+        """Copy columns `start` to `end`, all there are, of a row of another state to `target`."""
+        kept = min(end - start, self.columns)
+        slots = torch.arange(end - start - kept, end - start, device=self._device) % self.columns
+        for name, buffer in self.buffers.items():
+            columns = other.rows(row, 1)._in_order(name, end)
+            buffer[target, :, slots] = columns[0, :, columns.shape[2] - kept :]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.buffers["keys"].device
 
     def _append_one(
         self, keys: Tensor, values: Tensor, context: BatchContext

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from sambay.layers.mamba import Mamba
 from sambay.layers.mamba2 import Mamba2
 from sambay.layers.mlp import SwiGLU
 from sambay.layers.norm import make_norm
+from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import LayerState
 from sambay.spec import LayerKind, LayerSpec, ModelConfig, RecurrentKind
 
@@ -53,3 +56,13 @@ class Block(nn.Module):
         x_BTD = torch.add(context.select(x_BTD), y, alpha=self.residual_multiplier)
         y, shared = self.mlp(self.mlp_norm(x_BTD), shared)
         return torch.add(x_BTD, y, alpha=self.residual_multiplier), shared
+
+    def decode(
+        self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
+    ) -> tuple[Tensor, SharedStates]:
+        """(B, D) float32 to (B, D) float32 for one token per slot."""
+        mix: Any = self.mixer.decode  # every class of mixers has one of its own
+        y, shared = mix(self.mixer_norm(x_BD), step, shared, layer)
+        x_BD = torch.add(x_BD, y, alpha=self.residual_multiplier)
+        y, shared = self.mlp.decode(self.mlp_norm(x_BD), shared)
+        return torch.add(x_BD, y, alpha=self.residual_multiplier), shared

@@ -1,19 +1,22 @@
 """The language model: embedding, blocks, norm and head. It has no idea which variant it is.
 
-Shape letters: B batch, T columns, D hidden, V vocabulary.
+Shape letters: B batch or slots, T columns, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sambay.errors import ConfigError, nearest
-from sambay.layers.context import BatchContext
+from sambay.layers.context import BatchContext, SharedStates
 from sambay.layers.norm import make_norm
+from sambay.layers.projection import Linear, few_rows
 from sambay.layers.roles import Role
+from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.model.block import Block
 from sambay.model.cache import ModelCache
 from sambay.model.decoder import run_blocks
@@ -41,7 +44,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.split = prefill_split(config.layers)
@@ -96,8 +99,7 @@ class LanguageModel(nn.Module):
         """
         context = self._context(input_ids_BT, segments, starts, cache, outputs)
         states = [None] * len(self.blocks) if cache is None else cache.layers
-        x = self.embedding(input_ids_BT)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.embedding_multiplier
+        x = self._embedded(input_ids_BT)
         recompute = self.recompute if torch.is_grad_enabled() else "none"
         x = run_blocks(
             self.blocks,
@@ -111,6 +113,23 @@ class LanguageModel(nn.Module):
         if cache is not None:
             cache.length += input_ids_BT.shape[1]
         return self.norm(x) * self.config.logit_multiplier
+
+    @torch.inference_mode()
+    def decode(self, tokens_B: Tensor, step: SlotStep, layers: Sequence[SlotLayer]) -> Tensor:
+        """The logits (B, V) after one more token in every slot, by which all states are advanced.
+
+        tokens_B: (B,) int64, of idle slots any. Logits of idle slots mean nothing.
+        layers: of every block, in their order.
+        """
+        x_BD, shared = self._embedded(tokens_B), SharedStates()
+        for block, layer in zip(self.blocks, layers, strict=True):
+            assert isinstance(block, Block)
+            x_BD, shared = block.decode(x_BD, step, shared, layer)
+        return few_rows(self.head, self.norm(x_BD) * self.config.logit_multiplier)
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        return x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.embedding_multiplier
 
     def _context(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sambay.errors import ConfigError
 from sambay.ops import registry
+from sambay.ops.decode import native
 
 # Queries per SDPA call where a mask is needed: bounds the mask to this many rows.
 QUERY_BLOCK = 256
@@ -232,5 +233,36 @@ def _visible(call: AttentionCall, queries: Tensor, keys: Tensor) -> Tensor:
     return visible if queries.dim() > 1 else visible[:, None]
 
 
+def _native(call: AttentionCall) -> Tensor:
+    """One query per row in C++."""
+    lengths, starts = visible_columns(call)
+    q, k, v = call.q[:, :, 0], call.k, call.v
+    return native.attend(q, k, v, lengths, call.scale, starts)[:, :, None]
+
+
+def visible_columns(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """How many columns the last query of each row sees, and where they begin, (B,) int64 each."""
+    S = call.k.shape[2]
+    first = 0 if call.window is None else max(S - call.window, 0)
+    if call.starts is None and first == 0:
+        return call.k.new_full((len(call.k),), S, dtype=torch.int64), None
+    starts = call.k.new_full((len(call.k),), first, dtype=torch.int64)
+    if call.starts is not None:
+        starts = torch.maximum(starts, call.starts).clamp(max=S - 1)
+    return S - starts, starts
+
+
+def serves_one_query(call: AttentionCall | None) -> str | None:
+    """None if the C++ kernels for a decode step can serve the call, else the reason."""
+    if call is None:
+        return native.serves_decoding(None)
+    if call.q.shape[2] != 1 or torch.is_grad_enabled() or call.dropout:
+        return "it serves single queries without gradients"
+    if call.v.shape[3] != call.q.shape[3] or call.segments is not None:
+        return "its values are as wide as its keys, and it knows no segments"
+    return native.serves_decoding(call.q)
+
+
 registry.register("attention", "reference", 0, reference_attention)
 registry.register("attention", "sdpa", 10, _sdpa)
+registry.register("attention", "native", 20, _native, serves_one_query)

@@ -12,7 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from sambay.ops.attention import attention
+from sambay.ops import differential_prefill as prefill
+from sambay.ops.attention import AttentionCall, attention, serves_one_query, visible_columns
+from sambay.ops.decode import native
+from sambay.ops.registry import reference_forced
 
 
 def lambda_init(layer_index: int) -> float:
@@ -42,6 +45,26 @@ def differential_attention(
     B, H, T, P = q_BHTP.shape
     K, S = k_BKSP.shape[1:3]
     group = H // K
+    call = AttentionCall(q_BHTP, k_BKSP, v_BKSP, scale, window, starts_B, segments_BT, dropout)
+    if T == 1 and backend is None and not reference_forced() and not serves_one_query(call):
+        lengths, starts = visible_columns(call)
+        q, weights = q_BHTP[:, :, 0], (weight, None)  # the norm is the layer's
+        out = native.attend_differential(
+            q, k_BKSP, v_BKSP, lengths, *weights, scale, 0.0, 1.0, starts
+        )
+        return out.view(B, H // 2, 1, 2 * P)
+    fused = T > 1 and backend is None and not dropout and not reference_forced()
+    if fused and prefill.serves(q_BHTP, k_BKSP, v_BKSP, weight):
+        return prefill.differential_prefill(
+            q_BHTP,
+            k_BKSP,
+            v_BKSP,
+            weight,
+            scale=scale,
+            window=window,
+            starts_B=starts_B,
+            segments_BT=segments_BT,
+        )
     # (pair, member of group, map) -> (pair, map, member): then plain grouped heads apply.
     q = q_BHTP.view(B, K // 2, group, 2, T, P).transpose(2, 3).reshape(B, H, T, P)
     if T == 1 and backend is None and not dropout:

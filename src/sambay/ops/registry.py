@@ -73,7 +73,7 @@ def choose(op: str, backend: str | None, call: Any) -> Callable[..., Any]:
         BackendUnavailable: the named backend is unknown, or cannot serve this call.
     """
     candidates = _backends[op]
-    if _reference_forced():
+    if reference_forced():
         backend = REFERENCE
     if backend is not None:
         for candidate in candidates:
@@ -109,7 +109,8 @@ def table() -> list[Row]:
 
 # Traced code may not read the environment, and the answer is one for the whole process.
 @torch.compiler.assume_constant_result
-def _reference_forced() -> bool:
+def reference_forced() -> bool:
+    """Whether the environment asks for the references of all operations."""
     return os.environ.get("SAMBAY_REFERENCE") == "1"
 
 

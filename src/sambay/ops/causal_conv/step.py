@@ -20,6 +20,11 @@ def causal_conv_step(
     """
     if _native_serves(x_BE, state_BCE):
         return _native_step(x_BE, weight_EW, bias_E, state_BCE)
+    return step_reference(x_BE, weight_EW, bias_E, state_BCE)
+
+
+def step_reference(x_BE: Tensor, weight_EW: Tensor, bias_E: Tensor, state_BCE: Tensor) -> Tensor:
+    """The step in torch, on any device."""
     compute = torch.float64 if x_BE.dtype == torch.float64 else torch.float32
     window_BWE = torch.cat([state_BCE.to(compute), x_BE[:, None].to(compute)], 1)
     state_BCE.copy_(window_BWE[:, 1:])

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sambay.ops.native import builder
 
-# p: a pointer, as an integer address or None; i: an integer.
+# p: a pointer, as an integer address or None; i: an integer; d: a float.
 _SCAN = "pii pii p pii pii pppp iiiii ii"  # the order of SCAN_PARAMETERS in selective_scan.h
 _CONV = "pii pppp iiii ii"  # the order of CONV_PARAMETERS in causal_conv.cpp
+_QUERY = "pii piii piii pi pp iiiii ii"  # QUERY_PARAMETERS in decode_attention.h
 _SIGNATURES = {
     "sambay_scan_workspace": ("iiii", ctypes.c_int64),
     "sambay_scan_forward": (_SCAN + "ppp", None),
@@ -27,9 +28,14 @@ _SIGNATURES = {
     "sambay_conv_forward": (_CONV + "p", None),
     "sambay_conv_backward": (_CONV + "pii pppp", None),
     "sambay_conv_step": ("pi pp pp iii iii", None),
+    "sambay_decode_attention": (_QUERY + "di", None),
+    "sambay_decode_differential": (_QUERY + "pp ddd i", None),
+    "sambay_store_columns": ("pii pii piii piii pi iii i", None),
+    "sambay_skinny_linear": ("pi pi pp p iii ii i", None),
+    "sambay_mamba_step": ("pi pppp ppp pp p iiiii ii", None),
     "sambay_use_openmp": ("p", None),
 }
-_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 
 _log = logging.getLogger("sambay.ops")
 _lock = threading.Lock()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sambay.ops import registry
 from sambay.ops.native import library
-from sambay.ops.selective_scan import chunked, native, reference
+from sambay.ops.selective_scan import chunked, mamba_ssm, native, reference, triton
 from sambay.ops.selective_scan.step import selective_scan_step
 
 __all__ = ["selective_scan", "selective_scan_step"]
@@ -22,6 +22,9 @@ __all__ = ["selective_scan", "selective_scan_step"]
 registry.register("selective_scan", "reference", 0, reference.scan)
 registry.register("selective_scan", "torch", 10, chunked.scan)
 registry.register("selective_scan", "native", 20, native.scan, library.serves)
+registry.register("selective_scan", "triton", 20, triton.scan, triton.why_unavailable)
+# Never chosen by itself: it serves only some calls, and Triton's kernels serve all.
+registry.register("selective_scan", "mamba_ssm", -1, mamba_ssm.scan, mamba_ssm.why_unavailable)
 
 
 def selective_scan(
@@ -46,7 +49,8 @@ def selective_scan(
     has second derivatives.
 
     Raises:
-        BackendUnavailable: the named one ("reference", "torch", "native") cannot serve the call.
+        BackendUnavailable: the named one ("reference", "torch", "native", "triton", "mamba_ssm")
+            cannot serve the call.
     """
     rows, length, _ = x_BTE.shape
     assert length > 0, "the scan needs at least one token"

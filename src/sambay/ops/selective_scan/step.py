@@ -30,6 +30,20 @@ def selective_scan_step(
     """
     if _native_serves(x_BE, state_BEN):
         return _native_step(x_BE, delta_BE, A_EN, B_BN, C_BN, D_E, delta_bias_E, state_BEN)
+    return step_reference(x_BE, delta_BE, A_EN, B_BN, C_BN, D_E, delta_bias_E, state_BEN)
+
+
+def step_reference(
+    x_BE: Tensor,
+    delta_BE: Tensor,
+    A_EN: Tensor,
+    B_BN: Tensor,
+    C_BN: Tensor,
+    D_E: Tensor,
+    delta_bias_E: Tensor,
+    state_BEN: Tensor,
+) -> Tensor:
+    """The step in torch, on any device."""
     compute = state_BEN.dtype
     x, B, C = x_BE.to(compute), B_BN.to(compute), C_BN.to(compute)
     dt_BE = softplus(delta_BE.to(compute) + delta_bias_E)

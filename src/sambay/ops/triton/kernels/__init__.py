@@ -1,0 +1,1 @@
+"""Kernels. Only `sambay.ops.triton.launch` imports them, when one is launched."""
