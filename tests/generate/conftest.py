@@ -9,7 +9,7 @@ import torch
 @pytest.fixture
 def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory checks that do not depend on the machine the tests run on."""
-    for module in ("memory", "engine"):
+    for module in ("memory", "engine", "slot_engine"):
         name = f"sambay.generate.{module}.available_bytes"
         monkeypatch.setattr(name, lambda device: 1 << 40)
 

@@ -11,8 +11,16 @@ import pytest
 import torch
 
 from sambay.errors import ConfigError, SambayError
-from sambay.generate import Completion, Engine, Request, SamplingParams, reference_generate
+from sambay.generate import (
+    Completion,
+    Engine,
+    Request,
+    SamplingParams,
+    SlotEngine,
+    reference_generate,
+)
 from sambay.generate import engine as engine_module
+from sambay.generate.memory import slots_bytes
 from sambay.model import LanguageModel, ModelCache
 from sambay.spec.footprint import cache_bytes
 from tests import tiny
@@ -86,8 +94,28 @@ def test_generate_many_keeps_the_order_and_tells_each_end(max_batch_size: int) -
 def test_generate_many_obeys_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("sambay")
     requests = [Request(p, 4) for p in random_prompts(seed=3, count=8)]
-    sizes: list[int] = []
+    made: list[tuple[int, int]] = []
+
+    class Spy(SlotEngine):
+        def __init__(self, model: LanguageModel, **settings: Any) -> None:
+            made.append((settings["slots"], settings["capacity"]))
+            super().__init__(model, **settings)
+
+    monkeypatch.setattr(engine_module, "SlotEngine", Spy)
     engine = Engine(model)
+    limit = slots_bytes(model.config, 3, 26, chunk=engine.prefill_chunk, value_bytes=4)
+    completions = engine.generate_many(requests, max_batch_size=100, max_bytes=limit)
+    assert [len(completion.tokens) for completion in completions] == [4] * 8
+    assert made[0] == (3, 26)
+    for slots, capacity in made:
+        need = slots_bytes(model.config, slots, capacity, chunk=2048, value_bytes=4)
+        assert need <= limit
+
+
+def test_generate_many_without_a_limit_runs_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("sambay")
+    prompts = random_prompts(seed=3, count=5)
+    engine, sizes = Engine(model), []
     run = engine._run
 
     def spy(numbers: Any, requests: Any, prompts: Any) -> Any:
@@ -95,12 +123,17 @@ def test_generate_many_obeys_a_memory_limit(monkeypatch: pytest.MonkeyPatch) -> 
         return run(numbers, requests, prompts)
 
     monkeypatch.setattr(engine, "_run", spy)
-    limit = engine._batch_bytes(3, 26)
-    completions = engine.generate_many(requests, max_batch_size=100, max_bytes=limit)
-    assert [len(completion.tokens) for completion in completions] == [4] * 8
-    assert sizes[0] == 3
-    assert sum(sizes) == 8
-    assert max(sizes) < 8
+    heard: list[int] = []
+
+    def enough(token: int) -> bool:
+        heard.append(token)
+        return len(heard) == 6
+
+    requests = [Request(prompts[0], None, stop_when=enough), *(Request(p, 4) for p in prompts[1:])]
+    completions = engine.generate_many(requests, max_batch_size=2)
+    assert sizes == [2, 2, 1]
+    assert [len(completion.tokens) for completion in completions] == [6, 4, 4, 4, 4]
+    Twin(model, prompts[0], 6).assert_equal(completions[0])
 
 
 def test_sampled_rows_do_not_depend_on_their_company() -> None:

@@ -2,7 +2,8 @@
 
 Each subcommand is a module of this package with `add_arguments(parser)` and `run(args)`, which may
 return an exit code; or a package with `SUBCOMMANDS`, a table like `COMMANDS` below, whose modules
-are its commands. It is imported only when it is called, and none needs torch for its `--help`.
+are its commands; or both. It is imported only when it is called, and none needs torch for its
+`--help`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ COMMANDS = {
     "train": "train a model by a recipe; continues where an earlier run stopped",
     "generate": "let a trained model continue a prompt",
     "chat": "talk with a model in the terminal",
+    "serve": "serve a model with vLLM, behind an address that speaks the protocol of OpenAI",
     "evaluate": "ask a model the questions of a suite, with results that can be resumed",
     "convert": "turn a model from one file format into another",
     "init": "write a model folder with random weights, of any size, to try things with",
@@ -81,7 +83,8 @@ def _dispatch(
     module = f"{package}.{name.replace('-', '_')}"
     command = importlib.import_module(module)
     inner = getattr(command, "SUBCOMMANDS", None)
-    if inner is not None:
+    # A command may have subcommands beside its own arguments.
+    if inner is not None and (not hasattr(command, "run") or (rest and rest[0] in inner)):
         return _dispatch(rest, module, f"{spoken} {name}", inner)
     parser = argparse.ArgumentParser(
         prog=f"{spoken} {name}",

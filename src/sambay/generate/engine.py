@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sambay.errors import ConfigError
 from sambay.generate.batch import RunningBatch
-from sambay.generate.memory import available_bytes, batch_bytes, require_memory
+from sambay.generate.memory import available_bytes, batch_bytes, require_memory, slots_bytes
+from sambay.generate.prefill import distinct, padding, prefill
 from sambay.generate.requests import (
     Completion,
     Request,
+    Timings,
     TokenEvent,
     checked_prompt,
     plan_batches,
+    plan_pools,
 )
+from sambay.generate.slot_engine import SlotEngine
 from sambay.model import LanguageModel, ModelCache
 
 FIRST_GROWTH = 256
@@ -35,20 +38,6 @@ MEMORY_SHARE = 0.9
 """Part of the available memory that `generate_many` plans to use."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass
-class Timings:
-    """What an engine has done so far, in tokens and seconds, sampling included.
-
-    prefill_tokens counts prompt tokens without padding, a prompt that several requests share once;
-    decode_tokens counts tokens produced after the first of each request.
-    """
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
 
 
 class Engine:
@@ -91,7 +80,7 @@ class Engine:
         """
         completions = [Completion() for _ in requests]
         for event in self.stream(requests):
-            _extend(completions[event.request], event)
+            completions[event.request].extend(event)
         return completions
 
     def stream(self, requests: Sequence[Request]) -> Iterator[TokenEvent]:
@@ -114,9 +103,11 @@ class Engine:
     ) -> list[Completion]:
         """The completion of each of any number of requests, in their order.
 
-        They run in batches of similar length of at most `max_batch_size` rows and `max_bytes` of
-        memory (None: most of what is available now). `on_finished(number, completion)` is called
-        as soon as a request ends, so that a caller can store it.
+        They run in at most `max_batch_size` slots (see `SlotEngine`) that take at most `max_bytes`
+        of memory (None: most of what is available now), the longest prompts first; a slot that
+        becomes free is refilled. Where a request has no limit nothing can be planned: then they
+        run in batches of similar length. `on_finished(number, completion)` is called as soon as a
+        request ends, so that a caller can store it.
 
         Raises as `generate` does, before anything is computed.
         """
@@ -132,18 +123,63 @@ class Engine:
             available = available_bytes(self.device)
             max_bytes = None if available is None else int(available * MEMORY_SHARE)
 
+        completions = [Completion() for _ in requests]
+
+        def finish(number: int) -> None:
+            if on_finished is not None:
+                on_finished(number, completions[number])
+
+        if all(request.max_new_tokens is not None for request in requests):
+            self._fill_slots(requests, lengths, completions, max_batch_size, max_bytes, finish)
+            return completions
+
         def fits(batch_size: int, columns: int) -> bool:
             return max_bytes is None or self._batch_bytes(batch_size, columns) <= max_bytes
 
-        completions = [Completion() for _ in requests]
         for batch in plan_batches(lengths, new_columns, max_batch_size, fits):
             chosen, ids = [requests[i] for i in batch], [prompts[i] for i in batch]
             self._require_memory(ids, chosen)
             for event in self._run(batch, chosen, ids):
-                _extend(completions[event.request], event)
-                if event.finish_reason is not None and on_finished is not None:
-                    on_finished(event.request, completions[event.request])
+                completions[event.request].extend(event)
+                if event.finish_reason is not None:
+                    finish(event.request)
         return completions
+
+    def _fill_slots(
+        self,
+        requests: Sequence[Request],
+        lengths: Sequence[int],
+        completions: list[Completion],
+        max_slots: int,
+        max_bytes: int | None,
+        finish: Callable[[int], None],
+    ) -> None:
+        """Continue requests in pools of slots."""
+
+        def fits(num_slots: int, capacity: int) -> bool:
+            needed = slots_bytes(
+                self.model.config,
+                num_slots,
+                capacity,
+                chunk=self.prefill_chunk,
+                value_bytes=self.dtype.itemsize,
+            )
+            return max_bytes is None or needed <= max_bytes
+
+        new_columns = [_new_columns(request) for request in requests]
+        for pool in plan_pools(lengths, new_columns, max_slots, fits):
+            engine = SlotEngine(
+                self.model,
+                slots=pool.num_slots,
+                capacity=pool.capacity,
+                prefill_chunk=self.prefill_chunk,
+                timings=self.timings,
+            )
+            for event in engine.stream([requests[number] for number in pool.numbers]):
+                number = pool.numbers[event.request]
+                completions[number].extend(event)
+                if event.finish_reason is not None:
+                    finish(number)
 
     def _run(
         self, numbers: Sequence[int], requests: Sequence[Request], prompts: Sequence[Tensor]
@@ -176,26 +212,15 @@ class Engine:
     def _prefill(self, prompts: Sequence[Tensor], capacity: int) -> tuple[Tensor, ModelCache]:
         """Logits after the prompts, (B, V), and the cache of `capacity` columns that holds them."""
         unique, source = self._shared(prompts, capacity)
-        longest = max(len(prompt_T) for prompt_T in unique)
-        padded_BT = torch.zeros(len(unique), longest, dtype=torch.int64)
-        for row_T, prompt_T in zip(padded_BT, unique, strict=True):
-            row_T[longest - len(prompt_T) :] = prompt_T
-        starts = [longest - len(prompt_T) for prompt_T in unique]
         cache = ModelCache.allocate(
             self.model.config,
             len(unique),
             capacity,
             dtype=self.dtype,
             device=self.device,
-            starts=torch.tensor(starts, device=self.device) if any(starts) else None,
+            starts=padding(unique, self.device),
         )
-        padded_BT = padded_BT.to(self.device)
-        width = max(1, self.prefill_chunk // len(unique))
-        for begin in range(0, longest, width):
-            chunk_BT = padded_BT[:, begin : begin + width]
-            outputs = "last" if begin + width >= longest else "none"
-            h_BTD = self.model.hidden_states(chunk_BT, cache=cache, outputs=outputs)
-        logits_BV = self.model.logits(h_BTD)[:, -1]
+        logits_BV = prefill(self.model, unique, cache, self.prefill_chunk)
         self.timings.prefill_tokens += sum(len(prompt_T) for prompt_T in unique)
         if len(unique) < len(prompts):
             source_B = torch.tensor(source, device=self.device)
@@ -208,12 +233,11 @@ class Engine:
 
         Several samples of one prompt share a prefill, if memory allows the copying it takes.
         """
-        rows: dict[bytes, int] = {}
-        source = [rows.setdefault(prompt_T.numpy().tobytes(), len(rows)) for prompt_T in prompts]
-        both = len(prompts) + len(rows)
-        if len(rows) == len(prompts) or not self._fits(self._batch_bytes(both, capacity)):
+        unique, source = distinct(prompts)
+        both = len(prompts) + len(unique)
+        if len(unique) == len(prompts) or not self._fits(self._batch_bytes(both, capacity)):
             return list(prompts), list(range(len(prompts)))
-        return [prompts[source.index(row)] for row in range(len(rows))], source
+        return unique, source
 
     @torch.inference_mode()
     def _decode(self, tokens_B: Tensor, cache: ModelCache) -> Tensor:
@@ -269,9 +293,3 @@ class Engine:
 def _new_columns(request: Request) -> int:
     """Columns behind the prompt; the last token of a continuation is never fed back."""
     return FIRST_GROWTH if request.max_new_tokens is None else request.max_new_tokens - 1
-
-
-def _extend(completion: Completion, event: TokenEvent) -> None:
-    completion.tokens.append(event.token)
-    completion.logprobs.append(event.logprob)
-    completion.finish_reason = event.finish_reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -83,6 +84,70 @@ def require_memory(
         f"{batch_size} x {columns} tokens (prompt and continuation) need {readable_bytes(needed)} "
         f"of memory on {device}, {readable_bytes(available)} are available; {remedy}"
     )
+
+
+def slots_bytes(
+    config: ModelConfig, num_slots: int, capacity: int, *, chunk: int, value_bytes: int
+) -> int:
+    """What slots of `capacity` columns need: exact caches plus estimated activations.
+
+    Besides the slots themselves there are up to two caches of prompts of `chunk` tokens together:
+    those just computed for several slots, and a prompt kept for slots to come.
+    """
+    passing = min(capacity, -(-chunk // num_slots))
+    cache = cache_bytes(config, num_slots, capacity, kv_bytes=value_bytes)
+    prompts = 2 * cache_bytes(config, num_slots, passing, kv_bytes=value_bytes)
+    call_tokens = min(num_slots * capacity, max(chunk, num_slots))
+    return cache + prompts + working_bytes(config, num_slots, call_tokens, value_bytes)
+
+
+def require_slots(
+    config: ModelConfig,
+    num_slots: int,
+    capacity: int,
+    *,
+    chunk: int,
+    value_bytes: int,
+    available: int | None,
+    device: torch.device,
+) -> None:
+    """Refuse slots that cannot fit into the bytes available, naming what would.
+
+    Raises:
+        NotEnoughMemory: says what is needed, what there is, and the most slots of this capacity
+            and the largest capacity of so many slots that fit.
+    """
+
+    def need(slots: int, columns: int) -> int:
+        return slots_bytes(config, slots, columns, chunk=chunk, value_bytes=value_bytes)
+
+    if available is None or need(num_slots, capacity) <= available:
+        return
+    most_slots = _largest(lambda count: need(count, capacity) <= available, num_slots)
+    most_columns = _largest(lambda count: need(num_slots, count) <= available, capacity)
+    alone = _largest(lambda count: need(1, count) <= available, capacity)
+    fitting = [(most_slots, capacity), (num_slots, most_columns), (1, alone)]
+    # Without repetition, and without what holds no text at all.
+    words = dict.fromkeys(
+        f"{slots} slot{'s' * (slots != 1)} of {columns} columns"
+        for slots, columns in fitting[: 2 if most_slots or most_columns else 3]
+        if slots and columns
+    )
+    remedy = f"{' or '.join(words)} would fit" if words else "use a machine with more memory"
+    raise NotEnoughMemory(
+        f"{num_slots} slots x {capacity} columns (prompt and continuation) need "
+        f"{readable_bytes(need(num_slots, capacity))} of memory on {device}, "
+        f"{readable_bytes(available)} are available; {remedy}"
+    )
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest count from 1 to `most` that fits, 0 if none does; fewer always fit too."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def readable_bytes(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +67,26 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    def extend(self, event: TokenEvent) -> None:
+        """Take in the next token of this continuation."""
+        self.tokens.append(event.token)
+        self.logprobs.append(event.logprob)
+        self.finish_reason = event.finish_reason
+
+
+@dataclass
+class Timings:
+    """What an engine has done so far, in tokens and seconds, sampling included.
+
+    prefill_tokens counts prompt tokens without padding, a prompt that several requests share once;
+    decode_tokens counts tokens produced after the first of each request.
+    """
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
 
 def checked_prompt(request: Request, number: int, vocab_size: int) -> Tensor:
     """The prompt of a request as an int64 tensor on the CPU.
@@ -100,6 +120,46 @@ def checked_prompt(request: Request, number: int, vocab_size: int) -> Tensor:
 
 def _not_token_ids(number: int) -> ConfigError:
     return ConfigError(f"prompt {number} is not a list of token ids; encode the text first")
+
+
+class Pool(NamedTuple):
+    """Requests, by number, that share so many slots of so many columns."""
+
+    num_slots: int
+    capacity: int
+    numbers: list[int]
+
+
+def plan_pools(
+    lengths: Sequence[int],
+    new_columns: Sequence[int],
+    max_slots: int,
+    fits: Callable[[int, int], bool],
+) -> list[Pool]:
+    """Requests in pools of slots that are long enough for the longest of each.
+
+    lengths, new_columns: columns of each prompt and of its continuation beyond it.
+    fits(num_slots, capacity): whether so many slots may be made. One slot always may: the slot
+        itself says what is wrong with it.
+
+    Everything is one pool if that has as many slots as are wanted. Otherwise long requests would
+    take the memory of short ones, and each pool has the requests of more than half its capacity.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -new_columns[i], i))
+    columns = [length + new for length, new in zip(lengths, new_columns, strict=True)]
+    pools: list[Pool] = []
+    while order:
+        capacity, wanted = max(columns[i] for i in order), min(max_slots, len(order))
+        chosen = order
+        if not fits(wanted, capacity):
+            chosen = [i for i in order if 2 * columns[i] > capacity]
+            wanted = min(wanted, len(chosen))
+        while wanted > 1 and not fits(wanted, capacity):
+            wanted -= 1
+        pools.append(Pool(wanted, capacity, chosen))
+        taken = set(chosen)
+        order = [i for i in order if i not in taken]
+    return pools
 
 
 def plan_batches(

@@ -1,5 +1,8 @@
 """Measure training, prefill and decode speed of recipes' models on this machine.
 
+Commands of their own are `sambay bench generation`, long generation under load, and
+`sambay bench serving`, servers under load.
+
 Models are freshly initialised, so no data is needed. Their readings alternate, so the ratios hold
 even on a noisy machine; of several readings the fastest counts.
 
@@ -18,6 +21,11 @@ from sambay.errors import ConfigError
 if TYPE_CHECKING:
     from sambay.train.config import RunConfig
 
+# As `sambay.cli.main.COMMANDS`; any other word is a recipe.
+SUBCOMMANDS = {
+    "generation": "throughput and latency of long generation under load",
+    "serving": "throughput and latency of servers that speak the protocol of OpenAI",
+}
 DEFAULT_RECIPES = ["demo_sambay", "demo_transformer"]
 
 
