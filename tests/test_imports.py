@@ -24,7 +24,7 @@ ROWS = (
     ("model",),
     ("generate", "scaling", "speed"),
     ("hf",),
-    ("train",),
+    ("train", "serve"),
     ("recipes",),
     ("evals",),
     ("studies",),
@@ -35,12 +35,26 @@ RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 OPTIONAL = {
     "tokenizers", "pyarrow", "zstandard", "tqdm", "tensorboard", "matplotlib", "transformers",
     "jinja2", "accelerate", "peft", "trl", "datasets", "torchao", "trackio", "wandb", "scipy",
-    "lm_eval", "math_verify", "names", "nltk", "wonderwords",
+    "lm_eval", "math_verify", "names", "nltk", "wonderwords", "triton",
 }  # fmt: skip
 # The classes of transformers derive from its own, so these import it at their top.
 TRANSFORMERS_CLASSES = {
     f"hf/{name}.py" for name in ("cache", "configuration", "conversion", "modeling", "pretrained")
 }
+# The classes of vLLM likewise; they import transformers as well, which comes with it.
+VLLM_CLASSES = {
+    f"serve/{name}.py"
+    for name in (
+        "attention", "configuration", "decoder", "layers", "mamba", "model", "platform",
+        "recurrence", "registration", "sharding", "verification",
+    )
+}  # fmt: skip
+# A Triton kernel is compiled in the names of its module, so these import it at their top. Nothing
+# imports them but `ops/triton/launch.py`, when one is launched.
+TRITON_KERNELS = {
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "ops/triton/kernels").glob("*.py")
+}
+WITH_CLASSES = TRANSFORMERS_CLASSES | VLLM_CLASSES | TRITON_KERNELS
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -91,7 +105,7 @@ def test_rooms_import_only_earlier_rooms(path: Path) -> None:
 def test_each_optional_package_is_imported_in_one_file_and_lazily() -> None:
     homes: dict[str, set[str]] = {}
     for path in FILES:
-        if path.relative_to(ROOT).as_posix() in TRANSFORMERS_CLASSES:
+        if path.relative_to(ROOT).as_posix() in WITH_CLASSES:
             continue
         tree = without_type_checking(ast.parse(path.read_text()))
         at_top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -121,13 +135,30 @@ for name in ("SambaYForCausalLM", "Phi4FlashForCausalLM", "SambaYConfig"):
 """
 
 
+def test_vllm_is_imported_in_its_room_only() -> None:
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(name.split(".")[0] == "vllm" for name in imported_names(ast.parse(path.read_text())))
+    }
+    assert importers
+    assert importers <= VLLM_CLASSES
+
+
+def test_triton_kernels_are_reached_by_their_launcher_only() -> None:
+    assert len(TRITON_KERNELS) > 5
+    for path in FILES:
+        if path.relative_to(ROOT).as_posix() not in TRITON_KERNELS:
+            names = imported_names(ast.parse(path.read_text()))
+            assert not any(name.startswith("sambay.ops.triton.kernels") for name in names), path
+
+
 def test_importing_everything_needs_only_the_required_packages() -> None:
     """All modules but entry points, with every optional package hidden."""
     paths = [
         path.relative_to(ROOT.parent)
         for path in FILES
-        if path.name != "__main__.py"
-        and path.relative_to(ROOT).as_posix() not in TRANSFORMERS_CLASSES
+        if path.name != "__main__.py" and path.relative_to(ROOT).as_posix() not in WITH_CLASSES
     ]
     modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
     code = f"import sys\nfor name in {sorted(OPTIONAL)}: sys.modules[name] = None\n"
