@@ -120,6 +120,11 @@ def test_a_server_is_waited_for_and_ends_with_its_processes(
     assert not is_alive(child)
 
 
+def terminate_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(10)  # interrupted at once
+
+
 def test_a_terminated_command_takes_its_server_with_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,8 +137,7 @@ def test_a_terminated_command_takes_its_server_with_it(
         pytest.raises(SystemExit, match="143"),
         running_server(folder, ServerOptions(port=port), timeout=60) as process,
     ):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)  # interrupted at once
+        terminate_this_process()
     assert process.poll() is not None
     assert not is_alive(int(file.read_text()))
     assert signal.getsignal(signal.SIGTERM) is before

@@ -30,7 +30,7 @@ def _gather(x_BTD: Tensor, places_B: Tensor) -> Tensor:
     x = x_BTD if x_BTD.stride(2) == 1 else x_BTD.contiguous()
     B, _, D = x.shape
     y = x.new_empty(B, D)
-    grid = (-(-D // _BLOCK), B)
+    grid = (B, -(-D // _BLOCK))
     strides = x.stride()[:2]
     launch.launch(
         "elementwise", "gather_rows", grid, x, places_B, y, D, *strides, BLOCK=_BLOCK, num_warps=4

@@ -45,7 +45,7 @@ def _backward(dy: Tensor, a: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 def _launch(name: str, first: Tensor, *others: Any) -> None:
     rows, columns = first.shape
     if first.numel():
-        grid = (-(-columns // BLOCK), rows)
+        grid = (rows, -(-columns // BLOCK))
         launch.launch("elementwise", name, grid, first, *others, BLOCK=BLOCK, num_warps=4)
 
 

@@ -1,4 +1,7 @@
-"""Products with a gate, forwards and backwards, and the gather of one row per sequence."""
+"""Products with a gate, forwards and backwards, and the gather of one row per sequence.
+
+Rows are the first axis of the grid: only that one takes more than 65535 programs.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from sambay.ops.triton.kernels.arithmetic import sigmoid
 
 @triton.jit
 def gate_forward(a, m, y, width, a_row, m_row, BLOCK: tl.constexpr):
-    """silu(a) * m, row by row of a grid (blocks of columns, rows)."""
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """silu(a) * m, row by row of a grid (rows, blocks of columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
     gate = tl.load(a + row * a_row + column, mask=real, other=0.0).to(tl.float32)
     value = tl.load(m + row * m_row + column, mask=real, other=0.0).to(tl.float32)
@@ -23,8 +26,8 @@ def gate_forward(a, m, y, width, a_row, m_row, BLOCK: tl.constexpr):
 @triton.jit
 def gate_backward(dy, a, m, da, dm, width, dy_row, a_row, m_row, BLOCK: tl.constexpr):
     """The gradients of a and m for that of silu(a) * m; nothing but a and m was kept."""
-    row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
     out = tl.load(dy + row * dy_row + column, mask=real, other=0.0).to(tl.float32)
     gate = tl.load(a + row * a_row + column, mask=real, other=0.0).to(tl.float32)
@@ -39,9 +42,9 @@ def gate_backward(dy, a, m, da, dm, width, dy_row, a_row, m_row, BLOCK: tl.const
 
 @triton.jit
 def gather_rows(x, places, y, width, x_row, x_step, BLOCK: tl.constexpr):
-    """x[b, places[b]] for every b of a grid (blocks of columns, rows)."""
-    b = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """x[b, places[b]] for every b of a grid (rows, blocks of columns)."""
+    b = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
     place = tl.load(places + b).to(tl.int64)
     values = tl.load(x + b * x_row + place * x_step + column, mask=real)
