@@ -17,7 +17,7 @@ from sambay.errors import ConfigError
 from sambay.evals.result import Result
 from sambay.model import LanguageModel
 from sambay.model.folder import save_model_folder
-from sambay.recipes.small_retrieval import LENGTH, ROWS, SHARES, VOCABULARY, small_model
+from sambay.recipes.small_retrieval import LENGTH, MIXTURES, ROWS, VOCABULARY, small_model
 from sambay.spec.footprint import parameter_count
 from sambay.studies import retrieval
 from sambay.studies.retrieval_corpus import CorpusSettings, write_corpus
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 
 def test_the_sets_share_a_tokenizer_that_joins_two_digits_at_most(data: Path, text: Path) -> None:
-    sets = [TokenDataset.open(data / name, "train") for name in SHARES]
+    sets = [TokenDataset.open(data / name, "train") for name in set().union(*MIXTURES.values())]
     assert len({one.manifest.tokenizer_sha256 for one in sets}) == 1
     tokenizer = Tokenizer.load(data / "tokenizer")
     parts = [tokenizer.decode([token]) for token in tokenizer.encode("John: 9876501234\n")]
@@ -104,7 +104,9 @@ def test_contenders_have_equal_parameters_and_see_the_same_data() -> None:
     assert len({run.name for run in runs}) == len(runs) == 2 * len(retrieval.CONTENDERS)
     counts = [parameter_count(run.config.model) for run in runs]
     assert max(counts) / min(counts) < 1.01
-    assert len({run.config.data for run in runs}) == 1
+    mixtures = {run.architecture: run.config.data for run in runs}
+    assert len({mixtures[name] for name in mixtures if not name.endswith("-chains")}) == 1
+    assert mixtures["sambay-chains"] == mixtures["transformer++-chains"] != mixtures["sambay"]
     assert {run.config.data.sequence_length for run in runs} == {LENGTH}
     windows = {run.architecture: run.config.model.window for run in runs}
     assert windows["sambay-w16"] == 16

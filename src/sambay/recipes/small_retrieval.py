@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sambay.errors import ConfigError, nearest
 from sambay.layers.roles import Role
 from sambay.scaling.iso import same_size_by_mlp
 from sambay.scaling.rules import RULES, Base
@@ -33,9 +34,16 @@ HEAD_DIM, HEADS, KEY_HEADS = 16, 4, 2  # even, as differential attention needs
 VOCABULARY, WINDOW = 1024, 32
 LENGTH, ROWS = 256, 8
 TOKENS = 3000 * ROWS * LENGTH
-# Numbers written again and again teach to look up, and short books what for.
-SHARES = {
-    "text": 0.05, "short_books": 0.4, "books": 0.1, "chains": 0.1, "needles": 0.05, "repeats": 0.3,
+# Numbers written again and again teach to look up, and short books what for. Chains take more of
+# them than the other texts leave room for, so they have a mixture of their own.
+MIXTURES = {
+    "look-ups": {
+        "text": 0.05, "short_books": 0.4, "books": 0.1, "chains": 0.1, "needles": 0.05,
+        "repeats": 0.3,
+    },
+    "chains": {
+        "text": 0.05, "short_books": 0.15, "short_chains": 0.3, "chains": 0.25, "repeats": 0.25,
+    },
 }  # fmt: skip
 # With this rate a SambaY learns to copy random tokens in 320 steps of 2,048; with half of it in
 # about 450, with 5e-3 not in 700, though the loss on text falls faster then.
@@ -55,8 +63,15 @@ def small_retrieval(
     tokens: int = TOKENS,
     rate: float = RATE,
     data: str = "data/retrieval",
+    mixture: str = "look-ups",
 ) -> RunConfig:
-    """Retrieval on one processor: text, phone books, chains, repeats, in rows of 256 tokens."""
+    """Retrieval on one processor: text, phone books, chains, repeats, in rows of 256 tokens.
+
+    Raises:
+        ConfigError: a mixture that is neither "look-ups" nor "chains".
+    """
+    if mixture not in MIXTURES:
+        raise ConfigError(f"mixture = '{mixture}' does not exist{nearest(mixture, MIXTURES)}")
     # The rate is that of this very size, so depth and batch leave it as it is.
     base = Base(learning_rate=rate, depth=DEPTH, batch_tokens=ROWS * LENGTH)
     quarter = max(tokens // (ROWS * LENGTH) // 4, 1)
@@ -67,7 +82,8 @@ def small_retrieval(
             separate_documents=True,
             packing=Packing.BEST_FIT,
             mixture=tuple(
-                MixtureSource(str(Path(data) / name), share) for name, share in SHARES.items()
+                MixtureSource(str(Path(data) / name), share)
+                for name, share in MIXTURES[mixture].items()
             ),
         ),
         optimizer=OptimizerConfig(

@@ -25,7 +25,7 @@ from sambay.hf.tokenizer import find_tokenizer, load_tokenizer
 from sambay.recipes import small_retrieval
 from sambay.studies.members import Member
 from sambay.studies.queue import RUNS
-from sambay.studies.retrieval_documents import CHAIN_LINES, ENTRIES, PAIRS, SHORT_PAIRS
+from sambay.studies.retrieval_documents import CHAINS, ENTRIES, PAIRS, SHORT_PAIRS
 from sambay.train.export import load_checkpoint_model
 from sambay.train.run_dir import MODEL
 
@@ -40,6 +40,7 @@ class Contender:
     label: str
     architecture: str
     window: int | None = None
+    mixture: str = "look-ups"
 
 
 CONTENDERS = (
@@ -51,6 +52,8 @@ CONTENDERS = (
     Contender("s-gdny", "s-gdny", 32),
     Contender("sambay-w16", "sambay", 16),
     Contender("sambay-w64", "sambay", 64),
+    Contender("sambay-chains", "sambay", 32, "chains"),
+    Contender("transformer++-chains", "transformer++", mixture="chains"),
 )
 
 
@@ -60,14 +63,14 @@ class Scale:
 
     documents: of each kind to train on.
     pairs: entries of the phone books; steps: of the chains.
-    lengths: of the haystacks, room for the answer included: those of 384 make prompts of a row.
+    lengths: of the haystacks, room for the answer included: 448 make prompts of about a row.
     """
 
     tokens: int = small_retrieval.TOKENS
     contenders: tuple[Contender, ...] = CONTENDERS
     documents: int = 20_000
     pairs: tuple[int, ...] = (_SHORT, _TRAINED, 2 * _TRAINED, 4 * _TRAINED)
-    lengths: tuple[int, ...] = (384, 640, 1024)
+    lengths: tuple[int, ...] = (448, 640, 1024)
     needles: int = 100
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     puzzles: int = 128
@@ -82,7 +85,7 @@ class Scale:
                 samples=self.needles,
                 haystack="noise",
             ),
-            "chains": ChainsSuite(steps=self.steps, lines=CHAIN_LINES, prompts=self.puzzles),
+            "chains": ChainsSuite(steps=self.steps, lines=CHAINS[0], prompts=self.puzzles),
         }
 
 
@@ -91,7 +94,7 @@ SMALLER = Scale(
     contenders=CONTENDERS[:4],
     documents=2_000,
     pairs=(_SHORT, _TRAINED),
-    lengths=(384,),
+    lengths=(448,),
     needles=20,
     steps=(1, 2, 4),
     puzzles=32,
@@ -120,7 +123,12 @@ def members(scale: Scale, seeds: Sequence[int], data: Path) -> list[Member]:
         for one in scale.contenders:
             window = {} if one.window is None else {"window": one.window}
             config = small_retrieval.small_retrieval(
-                one.architecture, seed=seed, tokens=scale.tokens, data=str(data), **window
+                one.architecture,
+                seed=seed,
+                tokens=scale.tokens,
+                data=str(data),
+                mixture=one.mixture,
+                **window,
             )
             made.append(Member(one.label, small_retrieval.DEPTH, seed, config))
     return made

@@ -22,7 +22,8 @@ TEXT = "text"
 KINDS: dict[str, Callable[[int, int], Iterator[str]]] = {
     "short_books": partial(documents.books, pairs=documents.SHORT_PAIRS),
     "books": partial(documents.books, pairs=documents.PAIRS),
-    "chains": documents.chains,
+    "chains": partial(documents.chains, most=documents.CHAINS),
+    "short_chains": partial(documents.chains, most=documents.SHORT_CHAINS),
     "needles": documents.needles,
     "repeats": documents.repeats,
 }
@@ -92,7 +93,7 @@ def write_corpus(
 
 def _written_sample(sources: Path) -> Iterator[str]:
     """Documents of every kind, to train the tokenizer on."""
-    for name in KINDS:
+    for name in (one for one in KINDS if one != "short_chains"):  # its words are those of chains
         with (sources / f"{name}.jsonl").open(encoding="utf-8") as file:
             yield from (
                 json.loads(line)["text"] for line in itertools.islice(file, _SAMPLE_WRITTEN)

@@ -17,7 +17,7 @@ from sambay.evals.phonebook.documents import phone_book_documents
 ENTRIES = Entries(first_names=40, last_names=60, digits=6)
 SHORT_PAIRS, PAIRS = (3, 6), (3, 12)
 _ASKED = 14  # questions behind a book; entries are asked several times
-CHAIN_LINES, CHAIN_STEPS = 24, 8
+SHORT_CHAINS, CHAINS = (8, 4), (24, 8)  # assignments of a puzzle, steps of a chain, at most
 _PIECES = (8, 40)  # of two digits, in a repeated number
 _REPEATED = 120  # tokens of a text of repeated numbers
 _HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -43,11 +43,10 @@ def books(seed: int, count: int, pairs: tuple[int, int]) -> Iterator[str]:
         yield from phone_book_documents(own_seed, 1, (size, size), (_ASKED, _ASKED), ENTRIES)
 
 
-def chains(seed: int, count: int) -> Iterator[str]:
+def chains(seed: int, count: int, most: tuple[int, int]) -> Iterator[str]:
     """Assignments, and chains of them followed."""
-    return chain_documents(
-        seed, count, most_lines=CHAIN_LINES, most_steps=CHAIN_STEPS, most_questions=4
-    )
+    lines, steps = most
+    return chain_documents(seed, count, most_lines=lines, most_steps=steps, most_questions=4)
 
 
 def repeats(seed: int, count: int) -> Iterator[str]:

@@ -1,9 +1,9 @@
 """Train small models alike, and ask all of them for phone numbers, needles and chains of values.
 
 Everything lives in DIR: the data, the runs, every answer, and at the end DIR/study.md with tables
-and pictures. Whatever stops it, the same command goes on where it was. It takes a few hours on two
-processors; --smaller takes minutes and shows the way of it, not a result. With the recipe as it is
-models this small do not learn to look numbers up: docs/results/small_retrieval.md.
+and pictures. Whatever stops it, the same command goes on where it was. It takes about two hours on
+two processors; --smaller takes minutes and shows the way of it, not a result. What came out of it
+once is in docs/results/small_retrieval.md.
 
 examples:
   sambay study retrieval --out runs/retrieval --processes 2
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contenders", metavar="A,B...",
         help="some of: transformer++, transformer-ls, samba+yoco, sambay, sambay+da, s-gdny, "
-        "sambay-w16, sambay-w64 (all; four with --smaller)",
+        "sambay-w16, sambay-w64, sambay-chains, transformer++-chains (all; four with --smaller)",
     )  # fmt: skip
     parser.add_argument("--seeds", default="1", metavar="N,N...", help="a run for each (1)")
     parser.add_argument("--tokens", metavar="N", help="of each run (the recipe's)")
