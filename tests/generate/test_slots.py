@@ -288,7 +288,7 @@ def test_pools_keep_short_requests_out_of_long_slots_where_memory_is_scarce() ->
 def test_the_engine_says_how_it_steps() -> None:
     model = tiny_model("sambay")
     engine = SlotEngine(model, slots=1, capacity=4)
-    assert engine.step_mode == "plain (graphs are of CUDA, the model is on cpu)"
+    assert engine.step_mode == "captured"
     assert SlotEngine(model, slots=1, capacity=4, capture=False).step_mode == "plain (not wanted)"
     # Widths of captured steps are few; the next larger one serves.
     step: Any = engine._step

@@ -80,6 +80,7 @@ def test_interpreted_kernels_at_more_shapes(check: str) -> None:
     run("tests.triton.interpreted", check, interpret=True)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_kernel_compiles_without_a_gpu() -> None:
     printed = run("tests.triton.compiled", "90", "cheap", interpret=False)

@@ -1,7 +1,9 @@
-"""One decode step of all slots over buffers that never move: plain, or captured as CUDA graphs.
+"""One decode step of all slots over buffers that never move: plain, or captured.
 
-A step over the first few slots costs less than one over all. On a CPU every width is served; a
-graph has a fixed one, so that one is captured for each power of two and the next larger one runs.
+Captured is a CUDA graph on a GPU, and on a CPU the list of the kernels that a step calls, replayed
+by one call. A step over the first few slots costs less than one over all. On a CPU every width is
+served, and recorded when it is first met; a graph has a fixed one, so that one is captured for each
+power of two and the next larger one runs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from torch import Tensor
 from sambay.layers.slots import SlotStep
 from sambay.model import LanguageModel
 from sambay.model.slots import SlotCache
+from sambay.ops.decode import count_columns
+from sambay.ops.native.library import why_unavailable
+from sambay.ops.native.recording import Recorder, Recording
 
 _log = logging.getLogger("sambay.generate")
 _WARM_UPS = 3  # calls before a capture, in which kernels are chosen and built
@@ -22,8 +27,10 @@ _WARM_UPS = 3  # calls before a capture, in which kernels are chosen and built
 class DecodeStep:
     """Feeds the next token of every slot and counts its column.
 
+    The memory of the model's parameters must stay where it is; their values may change.
+
     tokens_B: (B,) int64, written by the caller before each step.
-    why_not_captured: None if steps are replayed graphs, else the reason that they are not.
+    why_not_captured: None if steps are replayed, else the reason that they are not.
     """
 
     def __init__(self, model: LanguageModel, cache: SlotCache, *, capture: bool = True) -> None:
@@ -31,13 +38,22 @@ class DecodeStep:
         self.why_not_captured: str | None = None
         self._model, self._cache = model, cache
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # By width and number of threads; None where a step cannot be recorded.
+        self._recordings: dict[tuple[int, int], tuple[Recording, Tensor] | None] = {}
+        self._buffers: list[Tensor] = []
         device = cache.lengths_B.device
         if not capture:
             self.why_not_captured = "not wanted"
-        elif device.type != "cuda":
-            self.why_not_captured = f"graphs are of CUDA, the model is on {device.type}"
-        else:
+        elif device.type == "cuda":
             self._capture_all()
+        elif device.type == "cpu":
+            self.why_not_captured = why_unavailable()
+            if self.why_not_captured is None:
+                self._record(1)  # all slots are idle, so that nothing is stored
+                if self.why_not_captured is not None:
+                    self._recordings.clear()  # other widths will fare no better
+        else:
+            self.why_not_captured = f"there is nothing to capture steps with on {device.type}"
 
     def width(self, num_slots: int) -> int:
         """The slots of the step that serves the first `num_slots`, at least 1."""
@@ -49,19 +65,44 @@ class DecodeStep:
     def run(self, width: int) -> Tensor:
         """The logits (width, V) after the tokens of the first `width` slots.
 
-        With graphs they are overwritten by the next step.
+        If steps are captured they are overwritten by the next step.
         """
-        if width not in self._graphs:
+        if width in self._graphs:
+            graph, logits_BV = self._graphs[width]
+            graph.replay()
+            return logits_BV
+        if not self._recordings:
             return self._step(width)
-        graph, logits_BV = self._graphs[width]
-        graph.replay()
+        key = (width, torch.get_num_threads())
+        if key not in self._recordings:
+            return self._record(width)
+        recorded = self._recordings[key]
+        if recorded is None:
+            return self._step(width)
+        recording, logits_BV = recorded
+        recording.replay()
         return logits_BV
 
     def _step(self, width: int) -> Tensor:
         held_B = self._cache.lengths_B[:width]
-        held_B.add_(held_B > 0)  # an idle slot stays at 0
+        count_columns(held_B)
         step = SlotStep(held_B)
         return self._model.decode(self.tokens_B[:width], step, self._cache.layers(width))
+
+    @torch.inference_mode()
+    def _record(self, width: int) -> Tensor:
+        """Take a step and record it, if that is possible."""
+        recorder = Recorder(width, self._cache.num_slots, self._buffers)
+        with recorder:
+            logits_BV = self._step(width)
+        recording = recorder.result()
+        key = (width, torch.get_num_threads())
+        self._recordings[key] = None if recording is None else (recording, logits_BV)
+        if recording is None and self.why_not_captured is None:
+            at = "" if len(self._recordings) == 1 else f"of {width} slots: "
+            self.why_not_captured = f"{at}{recorder.reason}"
+            _log.info("decode steps are not replayed: %s", self.why_not_captured)
+        return logits_BV
 
     @torch.inference_mode()
     def _capture_all(self) -> None:

@@ -107,8 +107,8 @@ class DifferentialMaps(Float32Parameters):
         return (out * (1 - self.lambda_init)).transpose(1, 2).flatten(2)
 
     def decode_constants(self) -> dict[str, Tensor]:
-        """The scalar lambda, `weight`."""
-        return {"weight": self.weight()}
+        """The scalar lambda, `weight`, and the weight of the norm in float32, `norm_weight`."""
+        return {"weight": self.weight(), "norm_weight": self.norm_weight.float()}
 
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, constants: Mapping[str, Tensor]
@@ -120,7 +120,7 @@ class DifferentialMaps(Float32Parameters):
             v,
             lengths,
             constants["weight"],
-            self.norm_weight,
+            constants["norm_weight"],
             scale=self.scale,
             eps=self.eps,
             factor=1 - self.lambda_init,
@@ -167,8 +167,9 @@ class CrossAttention(nn.Module):
         return self.position(q_BHTP, context.narrowed())
 
     def decode_constants(self) -> dict[str, Tensor]:
-        """Those of the maps."""
-        return self.maps.decode_constants()
+        """Those of the maps and of the positions."""
+        device = self.q_proj.weight.device
+        return self.maps.decode_constants() | self.position.decode_constants(device)
 
     def decode(
         self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer
@@ -176,13 +177,13 @@ class CrossAttention(nn.Module):
         """(B, D) to (B, D) for one token per slot."""
         assert shared.keys is not None, "the pattern guarantees an earlier publisher"
         assert shared.values is not None, "they come together"
-        q_BHP = self._decode_queries(x_BD, step)
+        q_BHP = self._decode_queries(x_BD, step, layer)
         out = self.maps.decode(q_BHP, shared.keys, shared.values, step.lengths_B, layer.constants)
         return few_rows(self.out_proj, out), shared
 
-    def _decode_queries(self, x_BD: Tensor, step: SlotStep) -> Tensor:
+    def _decode_queries(self, x_BD: Tensor, step: SlotStep, layer: SlotLayer) -> Tensor:
         q_BHP = few_rows(self.q_proj, x_BD).unflatten(-1, (-1, self.head_dim))
-        return self.position.decode(q_BHP, step)
+        return self.position.decode(q_BHP, step, layer.constants)
 
 
 class SelfAttention(CrossAttention):
@@ -228,10 +229,11 @@ class SelfAttention(CrossAttention):
         k_BKP, v_BKP = heads.chunk(2, dim=1)
         k_BKSP, v_BKSP = layer.state.buffers["keys"], layer.state.buffers["values"]
         columns_B, lengths_B = layer.state.places(step)
-        store_columns(self.position.decode(k_BKP, step), v_BKP, k_BKSP, v_BKSP, columns_B)
+        k_BKP = self.position.decode(k_BKP, step, layer.constants)
+        store_columns(k_BKP, v_BKP, k_BKSP, v_BKSP, columns_B)
         if self.publishes_kv:
             shared = shared._replace(keys=k_BKSP, values=v_BKSP)
-        q_BHP = self._decode_queries(x_BD, step)
+        q_BHP = self._decode_queries(x_BD, step, layer)
         out = self.maps.decode(q_BHP, k_BKSP, v_BKSP, lengths_B, layer.constants)
         if self.publishes_memory:
             shared = shared._replace(memory=out)

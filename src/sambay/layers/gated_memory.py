@@ -14,6 +14,7 @@ from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
 from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import LayerState
+from sambay.ops.decode import gate_rows
 from sambay.spec import GatedMemory, LayerSpec, ModelConfig
 
 _NORMS: dict[GatedMemory, Callable[[ModelConfig], nn.Module]] = {
@@ -51,5 +52,7 @@ class GatedMemoryUnit(nn.Module):
     ) -> tuple[Tensor, SharedStates]:
         """(B, D) to (B, D) for one token per slot."""
         assert shared.memory is not None, "the pattern guarantees an earlier publisher"
-        gated = F.silu(few_rows(self.in_proj, x_BD)) * shared.memory
-        return few_rows(self.out_proj, self.norm(gated)), shared
+        gated = gate_rows(few_rows(self.in_proj, x_BD), shared.memory)
+        if isinstance(self.norm, RMSNorm):
+            gated = self.norm.decode(gated)
+        return few_rows(self.out_proj, gated), shared

@@ -19,7 +19,7 @@ from sambay.layers.roles import Role
 from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import RecurrentState
 from sambay.ops.causal_conv import causal_conv, causal_conv_step
-from sambay.ops.decode import mamba_step
+from sambay.ops.decode import gate_rows, mamba_step
 from sambay.ops.selective_scan import selective_scan, selective_scan_step
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
 
@@ -84,7 +84,7 @@ class Mamba(Float32Parameters):
         y_BE = self._mix_slots(u_BE, layer.state)
         if self.publishes_memory:
             shared = shared._replace(memory=y_BE)
-        return few_rows(self.out_proj, y_BE * F.silu(z_BE)), shared
+        return few_rows(self.out_proj, gate_rows(z_BE, y_BE)), shared
 
     def _mix_slots(self, u_BE: Tensor, state: RecurrentState) -> Tensor:
         if not (is_plain(self.x_proj) and is_plain(self.dt_proj)):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sambay.layers.context import SharedStates
 from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
+from sambay.ops.decode import gate_rows
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
 
 
@@ -37,4 +38,4 @@ class SwiGLU(nn.Module):
         gate, value = few_rows(self.in_proj, x_BD).chunk(2, dim=-1)
         if self.publishes_memory:
             shared = shared._replace(memory=value)
-        return few_rows(self.out_proj, F.silu(gate) * value), shared
+        return few_rows(self.out_proj, gate_rows(gate, value)), shared

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.roles import Role
+from sambay.ops.decode import norm_rows
 from sambay.spec import ModelConfig, Norm
 
 
@@ -26,6 +27,10 @@ class RMSNorm(nn.Module):
         """(..., size) in any dtype to (..., size) in the weight's dtype."""
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
+    def decode(self, x_BD: Tensor, factor: float = 1.0) -> Tensor:
+        """(B, D) in any dtype to `factor` times what `forward` gives, for one token per slot."""
+        return norm_rows(x_BD, self.weight, eps=self.eps, factor=factor)
+
 
 class LayerNorm(nn.Module):
     """(x - mean(x)) / std(x) * weight + bias over the last dimension."""
@@ -42,6 +47,10 @@ class LayerNorm(nn.Module):
         """(..., size) in any dtype to (..., size) in the weight's dtype."""
         x = x.to(self.weight.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def decode(self, x_BD: Tensor, factor: float = 1.0) -> Tensor:
+        """(B, D) in any dtype to `factor` times what `forward` gives, for one token per slot."""
+        return norm_rows(x_BD, self.weight, self.bias, eps=self.eps, centred=True, factor=factor)
 
 
 class GatedRMSNorm(nn.Module):
@@ -77,6 +86,6 @@ class GatedRMSNorm(nn.Module):
 _CLASSES = {Norm.RMS: RMSNorm, Norm.LAYER: LayerNorm}
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     """The configured normalisation over the hidden size."""
     return _CLASSES[config.norm](config.hidden_size, config.norm_eps)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext
 from sambay.layers.slots import SlotStep
+from sambay.ops.decode import rotary_turns, rotate_heads
 from sambay.spec import ModelConfig, Position
 
 
@@ -20,7 +23,11 @@ class NoPosition(nn.Module):
         """The argument itself."""
         return x_BHTP
 
-    def decode(self, x_BHP: Tensor, step: SlotStep) -> Tensor:
+    def decode_constants(self, device: torch.device) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def decode(self, x_BHP: Tensor, step: SlotStep, constants: Mapping[str, Tensor]) -> Tensor:
         """The argument itself."""
         return x_BHP
 
@@ -39,19 +46,26 @@ class Rotary(nn.Module):
         """(B, H, T, P) rotated, in the same dtype; T is `context.num_columns`."""
         return _rotated(x_BHTP, *self._turns(context.positions(x_BHTP.device)[:, None, :, None]))
 
-    def decode(self, x_BHP: Tensor, step: SlotStep) -> Tensor:
+    def decode_constants(self, device: torch.device) -> dict[str, Tensor]:
+        """The `frequencies` (P / 2), by which columns are multiplied."""
+        return {"frequencies": self._frequencies(device)}
+
+    def decode(self, x_BHP: Tensor, step: SlotStep, constants: Mapping[str, Tensor]) -> Tensor:
         """(B, H, P) rotated, in the same dtype, for one token per slot."""
 
         def turns() -> tuple[Tensor, Tensor]:
-            return self._turns(step.columns_B[:, None, None])
+            return rotary_turns(step.columns_B, constants["frequencies"])
 
-        return _rotated(x_BHP, *step.once(("turns", self.theta, self.head_dim), turns))
+        return rotate_heads(x_BHP, *step.once(("turns", self.theta, self.head_dim), turns))
 
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, positions (..., 1) to (..., P / 2)."""
-        half = torch.arange(self.head_dim // 2, device=positions.device, dtype=torch.float32)
-        angles = positions.float() * self.theta ** (-2 * half / self.head_dim)
+        angles = positions.float() * self._frequencies(positions.device)
         return angles.cos(), angles.sin()
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        half = torch.arange(self.head_dim // 2, device=device, dtype=torch.float32)
+        return self.theta ** (-2 * half / self.head_dim)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from sambay.layers.state import LayerState
+from sambay.ops.decode import slot_places
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class SlotStep:
 
     def __init__(self, lengths_B: Tensor) -> None:
         self.lengths_B = lengths_B
-        self.columns_B = lengths_B - 1
+        self.columns_B, _ = slot_places(lengths_B)
         self._known: dict[Hashable, object] = {}
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -50,8 +50,4 @@ class SlotStep:
     def in_ring(self, size: int) -> tuple[Tensor, Tensor]:
         """Where a ring of `size` columns stores the new ones, and how many of its columns count."""
 
-        def places() -> tuple[Tensor, Tensor]:
-            # The sign of fmod is that of its first argument: idle slots stay negative.
-            return torch.fmod(self.columns_B, size), self.lengths_B.clamp(max=size)
-
-        return self.once(("ring", size), places)
+        return self.once(("ring", size), lambda: slot_places(self.lengths_B, size))

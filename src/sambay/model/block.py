@@ -17,6 +17,7 @@ from sambay.layers.mlp import SwiGLU
 from sambay.layers.norm import make_norm
 from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import LayerState
+from sambay.ops.decode import add_rows
 from sambay.spec import LayerKind, LayerSpec, ModelConfig, RecurrentKind
 
 RECURRENCES: dict[RecurrentKind, type[nn.Module]] = {
@@ -62,7 +63,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, SharedStates]:
         """(B, D) float32 to (B, D) float32 for one token per slot."""
         mix: Any = self.mixer.decode  # every class of mixers has one of its own
-        y, shared = mix(self.mixer_norm(x_BD), step, shared, layer)
-        x_BD = torch.add(x_BD, y, alpha=self.residual_multiplier)
-        y, shared = self.mlp.decode(self.mlp_norm(x_BD), shared)
-        return torch.add(x_BD, y, alpha=self.residual_multiplier), shared
+        y, shared = mix(self.mixer_norm.decode(x_BD), step, shared, layer)
+        x_BD = add_rows(x_BD, y, factor=self.residual_multiplier)
+        y, shared = self.mlp.decode(self.mlp_norm.decode(x_BD), shared)
+        return add_rows(x_BD, y, factor=self.residual_multiplier), shared

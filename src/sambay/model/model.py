@@ -22,6 +22,7 @@ from sambay.model.cache import ModelCache
 from sambay.model.decoder import run_blocks
 from sambay.model.init import initialise
 from sambay.model.recompute import CALLS, Recompute
+from sambay.ops.decode import embed_rows
 from sambay.spec import ModelConfig, prefill_split
 
 Outputs = Literal["all", "last", "none"]
@@ -121,15 +122,21 @@ class LanguageModel(nn.Module):
         tokens_B: (B,) int64, of idle slots any. Logits of idle slots mean nothing.
         layers: of every block, in their order.
         """
-        x_BD, shared = self._embedded(tokens_B), SharedStates()
+        x_BD, shared = self._embedded_rows(tokens_B), SharedStates()
         for block, layer in zip(self.blocks, layers, strict=True):
             assert isinstance(block, Block)
             x_BD, shared = block.decode(x_BD, step, shared, layer)
-        return few_rows(self.head, self.norm(x_BD) * self.config.logit_multiplier)
+        return few_rows(self.head, self.norm.decode(x_BD, self.config.logit_multiplier))
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids)
         return x.to(torch.promote_types(x.dtype, torch.float32)) * self.config.embedding_multiplier
+
+    def _embedded_rows(self, tokens_B: Tensor) -> Tensor:
+        if type(self.embedding) is not nn.Embedding:  # an adapter, for one
+            return self._embedded(tokens_B)
+        factor = self.config.embedding_multiplier
+        return embed_rows(tokens_B, self.embedding.weight, factor=factor)
 
     def _context(
         self,

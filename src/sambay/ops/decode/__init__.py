@@ -9,21 +9,36 @@ inputs of a convolution of width W.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
 
 from sambay.ops import registry
 from sambay.ops.decode import native, reference, triton
+from sambay.ops.decode.gradients import without_gradients
+from sambay.ops.decode.rows import (
+    add_rows,
+    count_columns,
+    embed_rows,
+    gate_rows,
+    norm_rows,
+    rotary_turns,
+    rotate_heads,
+    slot_places,
+)
 
 __all__ = [
+    "add_rows",
+    "count_columns",
     "decode_attention",
     "decode_differential_attention",
+    "embed_rows",
+    "gate_rows",
     "mamba_step",
+    "norm_rows",
+    "rotary_turns",
+    "rotate_heads",
     "skinny_linear",
+    "slot_places",
     "store_columns",
 ]
 
@@ -52,23 +67,7 @@ for _op, _function in (
     registry.register(_op, "triton", 20, _function, triton.why_unavailable)
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _without_gradients(function: F) -> F:
-    """The function under `torch.no_grad`, which itself costs as much as a small operation."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        with torch.no_grad():
-            return function(*args, **kwargs)
-
-    return call  # pyright: ignore[reportReturnType]
-
-
-@_without_gradients
+@without_gradients
 def decode_attention(
     q_BHP: Tensor,
     k_BKSP: Tensor,
@@ -98,7 +97,7 @@ def decode_attention(
     return attend(q_BHP, k_BKSP, v_BKSP, lengths_B, scale)
 
 
-@_without_gradients
+@without_gradients
 def decode_differential_attention(
     q_BHP: Tensor,
     k_BKSP: Tensor,
@@ -132,7 +131,7 @@ def decode_differential_attention(
     return attend(q_BHP, k_BKSP, v_BKSP, lengths_B, weight, norm_weight_2P, scale, eps, factor)
 
 
-@_without_gradients
+@without_gradients
 def store_columns(
     keys_BKP: Tensor,
     values_BKP: Tensor,
@@ -158,7 +157,7 @@ def store_columns(
     )
 
 
-@_without_gradients
+@without_gradients
 def skinny_linear(
     x_BD: Tensor,
     weight_FD: Tensor,
@@ -181,7 +180,7 @@ def skinny_linear(
     return linear(x_BD, weight_FD, bias, scale_F)
 
 
-@_without_gradients
+@without_gradients
 def mamba_step(
     u_BE: Tensor,
     conv_weight_EW: Tensor,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sambay.ops.decode import reference
-from sambay.ops.native.library import address, kernels, rows_of, serves
+from sambay.ops.native.library import rows_of, serves
+from sambay.ops.native.recording import call, recording
 
 # Below so many bytes a single thread is done before a second has woken up.
 PARALLEL_BYTES = 1 << 17
@@ -15,17 +16,22 @@ _TYPES = (torch.float32, torch.bfloat16)
 _WEIGHT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
-def serves_decoding(call: Tensor | None) -> str | None:
+def serves_decoding(tensor: Tensor | None) -> str | None:
     """None if the kernels can serve an operation on this tensor, else the reason."""
+    if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"it takes plain tensors, not {type(tensor).__name__}"
+    return why_unseen() or serves(tensor)
+
+
+def why_unseen() -> str | None:
+    """None if nobody has to see what the kernels compute, else who has to."""
     # Traced code cannot see what the kernels do with an address.
     if torch.compiler.is_compiling():
         return "it cannot be traced"
-    # Nor can what counts or records torch's operations.
-    if torch._C._len_torch_dispatch_stack():
+    # Nor can what counts or records torch's operations; a recorder is told of the kernels as well.
+    if torch._C._len_torch_dispatch_stack() > recording():
         return "a mode that watches torch's operations is active"
-    if call is not None and type(call) not in (Tensor, torch.nn.Parameter):
-        return f"it takes plain tensors, not {type(call).__name__}"
-    return serves(call)
+    return None
 
 
 def attend(
@@ -37,9 +43,9 @@ def attend(
     starts_B: Tensor | None = None,
 ) -> Tensor:
     """See `decode_attention`; a row's columns begin at starts_B[b] (int64)."""
-    call = _Queries(q_BHP, k_BKSP, v_BKSP, lengths_B, starts_B)
-    kernels().sambay_decode_attention(*call.arguments, scale, call.threads)
-    return call.out
+    queries = _Queries(q_BHP, k_BKSP, v_BKSP, lengths_B, starts_B)
+    call("sambay_decode_attention", *queries.arguments, scale, queries.threads)
+    return queries.out
 
 
 def attend_differential(
@@ -55,20 +61,21 @@ def attend_differential(
     starts_B: Tensor | None = None,
 ) -> Tensor:
     """See `decode_differential_attention`; without a norm weight there is no factor either."""
-    call = _Queries(q_BHP, k_BKSP, v_BKSP, lengths_B, starts_B)
+    queries = _Queries(q_BHP, k_BKSP, v_BKSP, lengths_B, starts_B)
     weight = weight.float()
     if norm_weight_2P is not None:
         norm_weight_2P = norm_weight_2P.float().contiguous()
-    kernels().sambay_decode_differential(
-        *call.arguments,
-        weight.data_ptr(),
-        address(norm_weight_2P),
+    call(
+        "sambay_decode_differential",
+        *queries.arguments,
+        weight,
+        norm_weight_2P,
         scale,
         eps,
         factor,
-        call.threads,
+        queries.threads,
     )
-    return call.out.flatten(1)
+    return queries.out.flatten(1)
 
 
 def store(
@@ -81,16 +88,17 @@ def store(
     assert k_BKSP.stride(3) == v_BKSP.stride(3) == 1, "the cache is written in place"
     keys, values = rows_of(keys_BKP.to(k_BKSP.dtype)), rows_of(values_BKP.to(v_BKSP.dtype))
     columns = columns_B.contiguous()
-    kernels().sambay_store_columns(
-        keys.data_ptr(),
+    call(
+        "sambay_store_columns",
+        keys,
         *keys.stride()[:2],
-        values.data_ptr(),
+        values,
         *values.stride()[:2],
-        k_BKSP.data_ptr(),
+        k_BKSP,
         *k_BKSP.stride()[:3],
-        v_BKSP.data_ptr(),
+        v_BKSP,
         *v_BKSP.stride()[:3],
-        columns.data_ptr(),
+        columns,
         columns.dtype == torch.int64,
         *keys.shape,
         k_BKSP.dtype == _BFLOAT16,
@@ -111,20 +119,21 @@ def linear(
         bias = bias.to(x.dtype)
     features, size = weight.shape
     y = x.new_empty(x.shape[0], features)
-    kernels().sambay_skinny_linear(
-        x.data_ptr(),
+    call(
+        "sambay_skinny_linear",
+        x,
         x.stride(0),
-        weight.data_ptr(),
+        weight,
         weight.stride(0),
-        address(scale_F),
-        address(bias),
-        y.data_ptr(),
+        scale_F,
+        bias,
+        y,
         x.shape[0],
         size,
         features,
         x.dtype == _BFLOAT16,
         kind,
-        _threads(weight.nbytes),
+        threads_for(weight.nbytes),
     )
     return y
 
@@ -148,20 +157,21 @@ def step_mamba(
     narrow = [tensor.to(dtype).contiguous() for tensor in narrow]
     wide = [tensor.float().contiguous() for tensor in (dt_bias_E, A_log_EN, D_E)]
     y = u.new_empty(u.shape)
-    kernels().sambay_mamba_step(
-        u.data_ptr(),
+    call(
+        "sambay_mamba_step",
+        u,
         u.stride(0),
-        *(tensor.data_ptr() for tensor in narrow),
-        *(tensor.data_ptr() for tensor in wide),
-        conv.data_ptr(),
-        ssm.data_ptr(),
-        y.data_ptr(),
+        *narrow,
+        *wide,
+        conv,
+        ssm,
+        y,
         *u.shape,
         conv_weight_EW.shape[1],
         A_log_EN.shape[1],
         dt_proj_weight_ER.shape[1],
         dtype == _BFLOAT16,
-        _threads(x_proj_weight.nbytes + dt_proj_weight_ER.nbytes + 2 * ssm.nbytes),
+        threads_for(x_proj_weight.nbytes + dt_proj_weight_ER.nbytes + 2 * ssm.nbytes),
     )
     for state, updated in ((conv_state_BCE, conv), (ssm_state_BEN, ssm)):
         if state is not updated:
@@ -169,12 +179,13 @@ def step_mamba(
     return y
 
 
-def _threads(num_bytes: int) -> int:
+def threads_for(num_bytes: int) -> int:
+    """The threads that share work on so much memory."""
     return torch.get_num_threads() if num_bytes >= PARALLEL_BYTES else 1
 
 
 class _Queries:
-    """The values of QUERY_PARAMETERS in decode_attention.h; it keeps converted tensors alive."""
+    """The values of QUERY_PARAMETERS in decode_attention.h."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | None
@@ -184,21 +195,20 @@ class _Queries:
         q, k, v, lengths = rows_of(q), rows_of(k), rows_of(v), lengths.contiguous()
         if starts is not None:
             starts = starts.contiguous()
-        self.tensors = (q, k, v, lengths, starts)
         self.out = q.new_empty(q.shape)
-        self.threads = _threads(k.nbytes)
+        self.threads = threads_for(k.nbytes)
         B, H, P = q.shape
         self.arguments = (
-            q.data_ptr(),
+            q,
             *q.stride()[:2],
-            k.data_ptr(),
+            k,
             *k.stride()[:3],
-            v.data_ptr(),
+            v,
             *v.stride()[:3],
-            lengths.data_ptr(),
+            lengths,
             lengths.dtype == torch.int64,
-            address(starts),
-            self.out.data_ptr(),
+            starts,
+            self.out,
             B,
             H,
             *k.shape[1:3],

@@ -112,3 +112,5 @@ EXPORT void sambay_store_columns(const void* keys, int64_t keys_row, int64_t key
   };
   is_bfloat16 ? run(bfloat16{}) : run(float{});
 }
+PACKED(sambay_decode_attention)
+PACKED(sambay_store_columns)

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "packed.h"
 #include "rows.h"
 #include "team.h"
 

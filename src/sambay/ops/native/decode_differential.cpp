@@ -120,3 +120,4 @@ EXPORT void sambay_decode_differential(QUERY_PARAMETERS, const float* weight, co
   };
   cache_is_bfloat16 ? run(bfloat16{}) : run(float{});
 }
+PACKED(sambay_decode_differential)

@@ -6,7 +6,9 @@ import ctypes
 import functools
 import logging
 import re
+import struct
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,15 @@ _SIGNATURES = {
     "sambay_store_columns": ("pii pii piii piii pi iii i", None),
     "sambay_skinny_linear": ("pi pi pp p iii ii i", None),
     "sambay_mamba_step": ("pi pppp ppp pp p iiiii ii", None),
+    "sambay_embed_rows": ("p pi p iii i d", None),
+    "sambay_norm_rows": ("pi pp p ii iii dd", None),
+    "sambay_gate_rows": ("pi pi p ii i i", None),
+    "sambay_add_rows": ("ppp ii d", None),
+    "sambay_count_columns": ("pi", None),
+    "sambay_slot_places": ("pi pp i", None),
+    "sambay_rotary_turns": ("pp pp ii", None),
+    "sambay_rotate_heads": ("pii pp p iii i", None),
+    "sambay_replay": ("pi", None),
     "sambay_use_openmp": ("p", None),
 }
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
@@ -73,6 +84,21 @@ def kernels() -> Any:
     reason = why_unavailable()
     assert reason is None, reason
     return _outcome
+
+
+def packed(name: str, arguments: Sequence[Any]) -> list[int]:
+    """What `sambay_replay` needs of a call: the address of the packed kernel, and its words."""
+    kinds = _SIGNATURES[name][0].replace(" ", "")
+    words = [_word(kind, value) for kind, value in zip(kinds, arguments, strict=True)]
+    entry = ctypes.cast(getattr(kernels(), f"{name}_packed"), ctypes.c_void_p).value
+    assert entry is not None
+    return [entry, len(words), *words]
+
+
+def _word(kind: str, value: Any) -> int:
+    if kind == "d":
+        return struct.unpack("=q", struct.pack("=d", value))[0]
+    return 0 if value is None else int(value)
 
 
 def rows_of(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 // What a Mamba-1 mixer does with one more token between its two projections: the convolution with SiLU,
 // the projections to the time step, B and C, and the update of the state, all in float32. Three phases
 // follow each other while the threads are awake; the state updates are those of step.cpp.
+#include "packed.h"
 #include "rows.h"
 #include "team.h"
 
@@ -138,3 +139,4 @@ EXPORT void sambay_mamba_step(const void* u, int64_t u_row, const void* conv_wei
                   conv_state, state, {y, narrow}, rows, channels, width, states, rank};
   narrow ? step<bfloat16>(call, threads) : step<float>(call, threads);
 }
+PACKED(sambay_mamba_step)

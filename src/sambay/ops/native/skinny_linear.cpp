@@ -1,5 +1,6 @@
 // x W^T + bias for few rows of x: a decode step reads every weight for a handful of products, so what
 // counts is that each is read from memory once and that all cores ask for them.
+#include "packed.h"
 #include "rows.h"
 #include "team.h"
 
@@ -66,3 +67,4 @@ EXPORT void sambay_skinny_linear(const void* x, int64_t x_row, const void* weigh
   if (weight_kind == 1) linear<bfloat16>(call, threads);
   if (weight_kind == 2) linear<int8_t>(call, threads);
 }
+PACKED(sambay_skinny_linear)
