@@ -54,8 +54,8 @@ class SlotEngine:
     model: on any device, in float32 or narrower; its parameters are only read.
     capacity: columns of a slot: a prompt and what it produces but the last token.
     prefill_chunk: tokens (rows x columns) per prefill call, which bounds the activations.
-    capture: whether decode steps are captured as CUDA graphs where that is possible; `step_mode`
-        says what became of it.
+    capture: whether decode steps are captured where that is possible: as CUDA graphs, on a CPU as
+        lists of kernels; `step_mode` says what became of it.
     timings: where to count what is done; a fresh one by default.
 
     Raises:
