@@ -249,8 +249,13 @@ def test_bfloat16_cached_equals_uncached(name: str) -> None:
     parts = [model(ids[:, :7], past_key_values=cache).logits]
     parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(7, 12)]
     assert whole.dtype is torch.bfloat16
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0.02, atol=0.01)
+    cached = torch.cat(parts, 1)
+    # A decode step rounds less often than a pass over all columns, so the two differ by as much as
+    # each differs from float32; the cached one may not differ by more.
+    torch.testing.assert_close(cached, whole, rtol=0.1, atol=0.03)
     torch.testing.assert_close(whole.float(), reference, rtol=0.1, atol=0.03)
+    errors = [(logits.float() - reference).square().mean() for logits in (cached, whole)]
+    assert errors[0] <= 1.5 * errors[1]
 
 
 # --- devices

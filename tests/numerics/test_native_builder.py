@@ -264,9 +264,15 @@ def test_torchs_own_openmp_is_used_and_no_second_one():
 def test_the_sources_are_found_beside_the_builder():
     assert {path.name for path in builder._sources()} == {
         "causal_conv.cpp",
+        "decode_attention.cpp",
+        "decode_differential.cpp",
+        "mamba_step.cpp",
+        "replay.cpp",
         "selective_scan_backward.cpp",
         "selective_scan_forward.cpp",
+        "skinny_linear.cpp",
         "step.cpp",
+        "step_rows.cpp",
     }
 
 

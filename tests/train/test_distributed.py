@@ -13,6 +13,7 @@ import torch
 
 from sambay.errors import ConfigError
 from sambay.layers.mamba import Mamba
+from sambay.layers.projection import Linear
 from sambay.model import LanguageModel, initialise
 from sambay.model.folder import load_model_folder
 from sambay.train import checkpoint
@@ -140,19 +141,19 @@ def test_bfloat16_agrees_and_the_recurrence_stays_float32(
     make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = tmp_path / "seen"
-    mix, multiply = Mamba.forward, torch.nn.Linear.forward
+    mix, multiply = Mamba.forward, Linear.forward
 
     def mixing(self: Mamba, *args: Any) -> Any:
         for name in ("A_log", "D", "dt_bias", "conv_weight"):
             assert getattr(self, name).dtype is torch.float32, name
         return mix(self, *args)
 
-    def multiplying(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def multiplying(self: Linear, x: torch.Tensor) -> torch.Tensor:
         seen.write_text(str(self.weight.dtype))
         return multiply(self, x)
 
     monkeypatch.setattr(Mamba, "forward", mixing)
-    monkeypatch.setattr(torch.nn.Linear, "forward", multiplying)
+    monkeypatch.setattr(Linear, "forward", multiplying)
     config = make(steps=3, precision=Precision.BF16, batch=BatchConfig(BATCH, 4))
     two = run(2, config, tmp_path / "two")
     assert seen.read_text() == "torch.bfloat16"

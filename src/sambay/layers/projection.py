@@ -40,10 +40,18 @@ def _is_skinny(x: Tensor) -> bool:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a map is nothing but a weight and a bias: no adapter, and not quantised."""
+    """Whether a map is nothing but a weight and a bias, and they are there.
+
+    No adapter, not quantised, and nobody hooked its call: accelerate, say, leaves weights on the
+    meta device and loads them when the module is called.
+    """
     return (
         type(linear) in (nn.Linear, Linear, ResidualProjection)
         and type(linear.weight) is nn.Parameter
+        and not linear.weight.is_meta
+        and "forward" not in linear.__dict__
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
     )
 
 

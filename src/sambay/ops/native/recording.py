@@ -24,11 +24,17 @@ _active = threading.local()
 
 def call(name: str, *arguments: Any) -> None:
     """Call a kernel with numbers, tensors (for which their addresses stand) and None."""
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    values = [_address(value) if isinstance(value, Tensor) else value for value in arguments]
     getattr(kernels(), name)(*values)
     recorder = getattr(_active, "recorder", None)
     if recorder is not None:
         recorder.add(name, arguments, values)
+
+
+def _address(tensor: Tensor) -> int:
+    # A kernel would read from address 0 what another device holds.
+    assert tensor.is_cpu, f"a kernel for the CPU got a tensor on {tensor.device}"
+    return tensor.data_ptr()
 
 
 def recording() -> bool:
