@@ -30,6 +30,10 @@ class ScriptedModel:
         self.prompt_length = prompt_length
         self.calls: list[tuple[int, str]] = []
 
+    def parameters(self) -> tuple[torch.Tensor, ...]:
+        """It has none that could change."""
+        return ()
+
     def hidden_states(self, input_ids: Tensor, *, cache: ModelCache, outputs: str) -> Tensor:
         self.calls.append((input_ids.shape[1], outputs))
         cache.length += input_ids.shape[1]

@@ -287,6 +287,24 @@ def test_pools_keep_short_requests_out_of_long_slots_where_memory_is_scarce() ->
     assert plan_pools([], [], 4, lambda slots, capacity: True) == []
 
 
+@torch.no_grad()
+def test_weights_that_changed_are_noticed_instead_of_being_half_used() -> None:
+    request = Request([1, 2, 3], 2)
+    for change in (
+        lambda model: model.blocks[0].mixer.in_proj.weight.mul_(2),
+        lambda model: model.bfloat16(),
+        lambda model: model.load_state_dict(
+            dict(tiny_model("sambay+da").state_dict()), assign=True
+        ),
+    ):
+        model = tiny_model("sambay+da")
+        engine = SlotEngine(model, slots=1, capacity=8)
+        engine.generate([request])
+        change(model)
+        with pytest.raises(ConfigError, match="make another one"):
+            engine.submit(request)
+
+
 def test_the_engine_says_how_it_steps() -> None:
     model = tiny_model("sambay")
     engine = SlotEngine(model, slots=1, capacity=4)

@@ -176,6 +176,7 @@ def test_ending_what_has_ended_is_no_error() -> None:
     process = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
     process.wait()
     end_group(process)
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

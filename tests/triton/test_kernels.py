@@ -77,7 +77,7 @@ BFLOAT = "dtype=torch.bfloat16"
     ],
 )
 def test_interpreted_kernels_at_more_shapes(check: str) -> None:
-    run("tests.triton.interpreted", check, interpret=True)
+    assert run("tests.triton.interpreted", check, interpret=True).split() == [check]
 
 
 @pytest.mark.slow

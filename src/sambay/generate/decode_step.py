@@ -27,7 +27,7 @@ _WARM_UPS = 3  # calls before a capture, in which kernels are chosen and built
 class DecodeStep:
     """Feeds the next token of every slot and counts its column.
 
-    The memory of the model's parameters must stay where it is; their values may change.
+    The model's weights must stay as they are: see `SlotEngine`.
 
     tokens_B: (B,) int64, written by the caller before each step.
     why_not_captured: None if steps are replayed, else the reason that they are not.

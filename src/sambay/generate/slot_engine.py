@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sambay.errors import ConfigError
 from sambay.generate.batch import DROP_BELOW, RunningBatch
@@ -51,7 +51,8 @@ class _Kept(NamedTuple):
 class SlotEngine:
     """Continues any number of prompts, `slots` of them at a time.
 
-    model: on any device, in float32 or narrower; its parameters are only read.
+    model: on any device, in float32 or narrower. Its weights must stay as they are while the engine
+        exists: steps are captured, and what follows from weights alone is computed once.
     capacity: columns of a slot: a prompt and what it produces but the last token.
     prefill_chunk: tokens (rows x columns) per prefill call, which bounds the activations.
     capture: whether decode steps are captured where that is possible: as CUDA graphs, on a CPU as
@@ -97,6 +98,7 @@ class SlotEngine:
         self._waiting: deque[_Waiting] = deque()
         self._kept: _Kept | None = None
         self._submitted = 0
+        self._weights = _places(model)
 
     @property
     def num_waiting(self) -> int:
@@ -125,7 +127,8 @@ class SlotEngine:
         Without `max_new_tokens` it ends when its slot is full.
 
         Raises:
-            ConfigError: as `Engine.generate`, or a request longer than a slot.
+            ConfigError: as `Engine.generate`, or a request longer than a slot, or weights that
+                changed since the engine was made.
         """
         number = self._submitted
         waiting = _Waiting(number, *self._checked(request, number))
@@ -200,6 +203,10 @@ class SlotEngine:
             self._kept = None
 
     def _checked(self, request: Request, number: int) -> tuple[Request, Tensor]:
+        if _places(self.model) != self._weights:
+            raise ConfigError(
+                "the model's weights changed after the slot engine was made; make another one"
+            )
         prompt_T = checked_prompt(request, number, self.model.config.vocab_size)
         room = self.capacity + 1 - len(prompt_T)  # the last token is never fed back
         wanted = 1 if request.max_new_tokens is None else request.max_new_tokens
@@ -321,3 +328,12 @@ class SlotEngine:
     def _release(self, slot: int) -> None:
         self._rows.release(slot)
         self._cache.set_length(slot, 0)
+
+
+def _places(model: LanguageModel) -> list[tuple[int, int]]:
+    """Where plain weights lie, and how often they were changed in place."""
+    return [
+        (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        for weight in model.parameters()
+        if type(weight) is nn.Parameter and not weight.is_meta
+    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
@@ -15,6 +14,7 @@ from sambay.layers.roles import Role
 from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import LayerState
 from sambay.ops.decode import gate_rows
+from sambay.ops.gate import gated_product
 from sambay.spec import GatedMemory, LayerSpec, ModelConfig
 
 _NORMS: dict[GatedMemory, Callable[[ModelConfig], nn.Module]] = {
@@ -45,7 +45,7 @@ class GatedMemoryUnit(nn.Module):
         assert shared.memory is not None, "the pattern guarantees an earlier publisher"
         x = context.select(x_BTD)
         memory = shared.memory[:, shared.memory.shape[1] - x.shape[1] :]
-        return self.out_proj(self.norm(F.silu(self.in_proj(x)) * memory)), shared
+        return self.out_proj(self.norm(gated_product(self.in_proj(x), memory))), shared
 
     def decode(
         self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import BatchContext, SharedStates
@@ -20,6 +19,7 @@ from sambay.layers.slots import SlotLayer, SlotStep
 from sambay.layers.state import RecurrentState
 from sambay.ops.causal_conv import causal_conv, causal_conv_step
 from sambay.ops.decode import gate_rows, mamba_step
+from sambay.ops.gate import gated_product
 from sambay.ops.selective_scan import selective_scan, selective_scan_step
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
 
@@ -73,7 +73,7 @@ class Mamba(Float32Parameters):
         y_BTE, z_BTE = context.select(y_BTE), context.select(z_BTE)
         if self.publishes_memory:
             shared = shared._replace(memory=y_BTE)
-        return self.out_proj(y_BTE * F.silu(z_BTE)), shared
+        return self.out_proj(gated_product(z_BTE, y_BTE)), shared
 
     def decode(
         self, x_BD: Tensor, step: SlotStep, shared: SharedStates, layer: SlotLayer

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sambay.layers.context import SharedStates
 from sambay.layers.projection import Linear, ResidualProjection, few_rows
 from sambay.layers.roles import Role
 from sambay.ops.decode import gate_rows
+from sambay.ops.gate import gated_product
 from sambay.spec import LayerSpec, MemorySource, ModelConfig
 
 
@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
         gate, value = self.in_proj(x_BTD).chunk(2, dim=-1)
         if self.publishes_memory:
             shared = shared._replace(memory=value)
-        return self.out_proj(F.silu(gate) * value), shared
+        return self.out_proj(gated_product(gate, value)), shared
 
     def decode(self, x_BD: Tensor, shared: SharedStates) -> tuple[Tensor, SharedStates]:
         """(B, D) to (B, D) for one token per slot."""

@@ -55,7 +55,7 @@ class ServerOptions:
     @property
     def url(self) -> str:
         """Where the server is reached from this machine."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        host = _reachable(self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 

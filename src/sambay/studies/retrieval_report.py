@@ -12,6 +12,7 @@ from sambay.evals.statistics import Metric
 from sambay.evals.suites.chains import draw_steps
 from sambay.files import atomic_write, write_json
 from sambay.plots.canvas import save
+from sambay.studies.retrieval_documents import PAIRS
 
 PAGE, NUMBERS = "study.md", "study.json"
 Results = Mapping[str, Mapping[str, Result]]
@@ -85,7 +86,13 @@ def pictures(results: Results, rows: Rows) -> dict[str, Any]:
             [*books.values()], labels=[*books], published=False
         )
         labels = [_without_window(label) for label in books]
-        drawn["phonebook_window"] = draw_windows([*books.values()], labels=labels, published=False)
+        asked = set.intersection(*(set(one.settings["pairs"]) for one in books.values()))
+        drawn["phonebook_window"] = draw_windows(
+            [*books.values()],
+            pairs=PAIRS[1] if PAIRS[1] in asked else None,  # the longest that was trained on
+            labels=labels,
+            published=False,
+        )
     if chains:
         drawn["chains"] = draw_steps([*chains.values()], labels=[*chains])
     return drawn

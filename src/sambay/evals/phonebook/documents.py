@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from sambay.errors import ConfigError
 from sambay.evals.phonebook.books import ALL_NAMES, FEWEST_PAIRS, Entries, entries_of
-from sambay.evals.phonebook.names import MOST_NAMES
 
 
 def phone_book_documents(
@@ -28,8 +27,7 @@ def phone_book_documents(
         ConfigError: a range that is empty or outside of what is possible.
     """
     _check("count", (count, count), 0, None)
-    most = min(MOST_NAMES, entries.first_names * entries.last_names)
-    _check("pairs_range", pairs_range, FEWEST_PAIRS, most)
+    _check("pairs_range", pairs_range, FEWEST_PAIRS, entries.first_names * entries.last_names)
     _check("questions_range", questions_range, 1, None)
     return (
         _document(

@@ -59,8 +59,7 @@ class GuardedProcess:
             except (OSError, ValueError) as error:
                 self._end()
                 raise NoReply(f"the process ended ({error})") from error
-            except BaseException:
-                # Whoever interrupts the wait must not find this reply behind the next request.
+            except BaseException:  # an interrupted wait must not leave its reply to the next one
                 self._end()
                 raise
 

@@ -14,6 +14,8 @@ from sambay.ops.decode import native_rows as native
 from sambay.ops.decode import reference_rows as reference
 from sambay.ops.decode.gradients import without_gradients
 from sambay.ops.decode.native import serves_decoding
+from sambay.ops.gate.triton import multiply
+from sambay.ops.triton.launch import why_unavailable_untraced
 
 for _op, _reference, _native, _serves in (
     ("embed_rows", reference.embed, native.embed, serves_decoding),
@@ -27,6 +29,8 @@ for _op, _reference, _native, _serves in (
 ):
     registry.register(_op, "reference", 0, _reference)
     registry.register(_op, "native", 20, _native, _serves)
+
+registry.register("gate_rows", "triton", 20, multiply, why_unavailable_untraced)
 
 
 @without_gradients

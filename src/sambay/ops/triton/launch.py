@@ -18,12 +18,13 @@ CAPABILITY = (8, 0)  # the oldest GPUs with bfloat16, for which the tests compil
 
 def why_unavailable(tensor: Tensor | None) -> str | None:
     """None if the kernels can serve a call with this tensor, else the reason and the remedy."""
+    wanted = "cpu" if interpreted() else "cuda"
+    # First what costs nothing: this is asked at every call, and most are not for a GPU.
+    if tensor is not None and tensor.device.type != wanted:
+        return f"it computes on {wanted} tensors, this one is on {tensor.device.type}"
     reason = _why_not_here()
     if tensor is None or reason is not None:
         return reason
-    wanted = "cpu" if interpreted() else "cuda"
-    if tensor.device.type != wanted:
-        return f"it computes on {wanted} tensors, this one is on {tensor.device.type}"
     if tensor.dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, not {str(tensor.dtype).split('.')[-1]}"
     if wanted == "cuda" and _capability(tensor.device.index or 0) < CAPABILITY:
