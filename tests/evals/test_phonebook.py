@@ -17,7 +17,7 @@ from sambay.errors import ConfigError, MissingPackage
 from sambay.evals.calls import Answer, Call, Passage, Score
 from sambay.evals.phonebook import census
 from sambay.evals.phonebook.books import Protocol, Question, Variant, questions
-from sambay.evals.phonebook.names import FIRST_NAMES, LAST_NAMES, MOST_NAMES
+from sambay.evals.phonebook.names import FIRST_NAMES, LAST_NAMES, MOST_NAMES, unique_names
 from sambay.evals.result import read_result
 from sambay.evals.suites.phonebook import PhonebookSuite
 
@@ -371,6 +371,8 @@ def test_a_book_can_have_fewer_names_and_shorter_numbers() -> None:
         assert all(len(line.split(": ")[1]) == 6 for line in lines)
         assert len(item.gold["phone"]) == 6
     assert suite.settings["digits"] == 6
+    firsts = {name.split()[0] for name in unique_names(random.Random(0), 72, 8, 9)}
+    assert firsts == {FIRST_NAMES[at * len(FIRST_NAMES) // 8] for at in range(8)}, "of all letters"
 
 
 @pytest.mark.parametrize(
