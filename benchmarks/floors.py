@@ -5,8 +5,9 @@
 Every step reads the weights once, the recurrent states, and every cached key and value once per
 layer that reads it; divided by the bandwidth at which the same threads sum a large buffer, that is
 the floor. The buffer is summed in every round beside the steps, so that both see the same machine.
-The cost of a step does not depend on the values in the cache, which is filled with noise. With
-`--profile` the time of each step is divided among the operations that ran.
+The cost of a step does not depend on the values in the cache, which is filled with noise. Steps are
+those of `SlotEngine`, captured unless `--plain` is given. With `--profile` the time of a step is
+divided among its kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.measure import environment, interleaved, print_table, write_result
-from sambay.model import LanguageModel, ModelCache
+from sambay.generate.decode_step import DecodeStep
+from sambay.model import LanguageModel
+from sambay.model.slots import SlotCache
 from sambay.spec import LayerKind, ModelConfig, footprint, presets
 
 BANDWIDTH = "read"  # the round's name of the sum over a large buffer
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 16_384])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--llama", action="store_true", help="also transformers' Llama of 20m")
+    parser.add_argument("--plain", action="store_true", help="steps that are not captured")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -65,7 +69,7 @@ def measure(args: argparse.Namespace, size: str, dtype: str, batch: int, context
     for name in args.models:
         config = make_config(name, size)
         model = LanguageModel(config).to(DTYPES[dtype]).eval()
-        steps[name] = step_of(model, batch, context, DTYPES[dtype])
+        steps[name] = Step(model, batch, context, DTYPES[dtype], capture=not args.plain)
         needed[name] = step_bytes(model, batch, context, DTYPES[dtype].itemsize)
     if args.llama and size == "20m":
         steps["llama"], needed["llama"] = llama_step(batch, context, DTYPES[dtype])
@@ -80,8 +84,8 @@ def measure(args: argparse.Namespace, size: str, dtype: str, batch: int, context
         for name in steps
     }
     if args.profile:
-        for name, step in steps.items():
-            result["models"][name]["operations"] = profile(step)
+        for name in args.models:
+            result["models"][name]["kernels"] = steps[name].profile()
     return result
 
 
@@ -108,21 +112,36 @@ def make_config(name: str, size: str) -> ModelConfig:
     return presets.build(name, depth, num_kv_heads=key_heads, **shape)
 
 
-def step_of(
-    model: LanguageModel, batch: int, context: int, dtype: torch.dtype
-) -> Callable[[], Tensor]:
-    """A step that always decodes column `context`."""
-    cache = ModelCache.allocate(model.config, batch, context + 1, dtype, "cpu")
-    for state in cache.layers:
-        for buffer in state.buffers.values() if state is not None else ():
-            buffer.normal_()
-    ids = torch.randint(0, model.config.vocab_size, (batch, 1))
+class Step:
+    """A decode step of the engine's own kind, captured if it can be, always of column `context`."""
 
-    def step() -> Tensor:
-        cache.length = context
-        return model(ids, cache=cache, outputs="last")
+    def __init__(
+        self, model: LanguageModel, batch: int, context: int, dtype: torch.dtype, capture: bool
+    ) -> None:
+        self._cache = SlotCache(model, batch, context + 1, dtype)
+        for slot in range(batch):
+            for state in self._cache.row(slot, 0).layers:
+                for buffer in state.buffers.values() if state is not None else ():
+                    buffer.normal_()
+        with self._cache.all_idle():
+            self._step = DecodeStep(model, self._cache, capture=capture)
+        self._step.tokens_B.random_(model.config.vocab_size)
+        self._context = context
 
-    return step
+    def __call__(self) -> Tensor:
+        self._cache.lengths_B.fill_(self._context)
+        return self._step.run(self._cache.num_slots)
+
+    def profile(self, repeats: int = 20) -> dict[str, float] | None:
+        """Milliseconds of each kernel in a step, the longest first; None if steps are plain."""
+        rounds = []
+        for _ in range(repeats):
+            self._cache.lengths_B.fill_(self._context)
+            rounds.append(self._step.seconds_by_kernel(self._cache.num_slots))
+        if rounds[0] is None:
+            return None
+        median = {name: 1e3 * statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        return dict(sorted(median.items(), key=lambda item: -item[1]))
 
 
 def step_bytes(model: LanguageModel, batch: int, context: int, itemsize: int) -> int:
@@ -162,24 +181,6 @@ def llama_step(batch: int, context: int, dtype: torch.dtype) -> tuple[Callable[[
     return step, weights + 8 * 2 * batch * 2 * context * 48 * dtype.itemsize
 
 
-def profile(step: Callable[[], object], repeats: int = 10) -> dict[str, Any]:
-    """Of the ten operations with the most time of their own: microseconds and calls per step.
-
-    Kernels called by their address appear only as the time that no operation explains.
-    """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
-        for _ in range(repeats):
-            step()
-    events = sorted(record.key_averages(), key=lambda e: -e.self_cpu_time_total)[:10]
-    return {
-        event.key: {
-            "microseconds": round(event.self_cpu_time_total / repeats, 1),
-            "calls": event.count / repeats,
-        }
-        for event in events
-    }
-
-
 def show(result: dict) -> None:
     """A table of one case."""
     print(
@@ -199,8 +200,8 @@ def show(result: dict) -> None:
     ]
     print_table(["model", "MB", "step ms", "floor ms", "x floor", "fastest x"], rows)
     for name, entry in result["models"].items():
-        for key, one in entry.get("operations", {}).items():
-            print(f"  {name}: {key} {one['microseconds']} us in {one['calls']:g} calls")
+        for kernel, milliseconds in (entry.get("kernels") or {}).items():
+            print(f"  {name}: {kernel} {milliseconds:.3f} ms")
 
 
 if __name__ == "__main__":

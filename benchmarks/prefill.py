@@ -2,6 +2,9 @@
 
     python -m benchmarks.prefill --out build/benchmarks/prefill.json
 
+Then, with `--long 32768`, a prompt into an engine's cache, chunk by chunk: SambaY against a
+Transformer++ of equal size.
+
 Time as a ratio within each round; FLOPs from torch's counter, whose share for the projections must
 be the one computed from the configuration (arXiv 2507.06607, section 2: linear prefill).
 """
@@ -17,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import peers
 from benchmarks.measure import environment, interleaved, write_result
-from sambay.model import LanguageModel
+from sambay.generate.prefill import prefill
+from sambay.model import LanguageModel, ModelCache
 from sambay.model.model import Outputs
 from sambay.spec import ModelConfig, footprint
 
+CHUNK = 2048  # the engine's own
 CONFIGS = {"SambaY": peers.sambay_20m, "Transformer++": peers.transformer_20m}
 
 
@@ -30,6 +35,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--long", type=int, default=0, help="also so many tokens by the engine")
+    parser.add_argument("--long-rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {
@@ -44,7 +51,36 @@ def main() -> None:
             f"  share of the projections' FLOPs {result['flop_share']:.4f}, "
             f"by arithmetic {result['predicted_flop_share']:.4f}"
         )
-    write_result(args.out, {"environment": environment(), "results": results})
+    long = engines(args.long, args.long_rounds) if args.long else None
+    if long is not None:
+        seconds = ", ".join(f"{name} {one:.1f} s" for name, one in long["seconds"].items())
+        print(f"\nprefill of {args.long} tokens by the engine: {seconds}")
+        print(f"  SambaY takes {long['time_share']:.3f} of the Transformer++'s time")
+    write_result(args.out, {"environment": environment(), "results": results, "engine": long})
+
+
+@torch.inference_mode()
+def engines(tokens: int, rounds: int) -> dict:
+    """Seconds of the engine's prefill of one long prompt, and the share SambaY takes."""
+    prompt_T = torch.randint(0, peers.VOCAB, (tokens,))
+    prefills = {}
+    for name, config in CONFIGS.items():
+        model = LanguageModel(config()).eval()
+
+        def fill(model: LanguageModel = model) -> object:
+            cache = ModelCache.allocate(model.config, 1, tokens, torch.float32, "cpu")
+            return prefill(model, [prompt_T], cache, CHUNK)
+
+        prefills[name] = fill
+    seconds = interleaved(prefills, rounds=rounds, warmup=0)
+    ours, theirs = seconds["SambaY"], seconds["Transformer++"]
+    return {
+        "tokens": tokens,
+        "chunk": CHUNK,
+        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "time_share": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "rounds": rounds,
+    }
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
     .venv-vllm/bin/python -m benchmarks.serving --out build/benchmarks/serving.json
 
 Both servers run at once and are asked in turn, so that one of them is always idle; random weights,
-greedy answers of one length. "engine" is our `Engine` with as many requests in one batch: what the
+greedy answers of one length. "engine" is our `SlotEngine` with as many slots: what the
 server, its scheduler and HTTP cost beside plain generation of the same tokens.
 """
 
@@ -96,9 +96,11 @@ def engine_speed(folder: Path, workload: Workload, count: int) -> float:
         Request(workload.prompt(number), max_new_tokens=workload.new_tokens)
         for number in range(count)
     ]
-    engine.generate([dataclasses.replace(request, max_new_tokens=2) for request in asked[:1]])
+    engine.generate_many(
+        [dataclasses.replace(request, max_new_tokens=2) for request in asked[:1]], max_batch_size=1
+    )
     start = time.perf_counter()
-    completions = engine.generate(asked)
+    completions = engine.generate_many(asked, max_batch_size=count)
     seconds = time.perf_counter() - start
     assert all(len(completion.tokens) == workload.new_tokens for completion in completions)
     return count * workload.new_tokens / seconds

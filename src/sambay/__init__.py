@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sambay.hf.configuration import Phi4FlashConfig, SambaYConfig
     from sambay.hf.loading import load_model
     from sambay.hf.modeling import Phi4FlashForCausalLM, SambaYForCausalLM
+    from sambay.hf.quantisation import quantise
     from sambay.model import LanguageModel, ModelCache
     from sambay.model.init import initialise
     from sambay.spec import ModelConfig, presets
@@ -34,6 +35,7 @@ _HOMES = {
     "initialise": "sambay.model.init",
     "load_model": "sambay.hf.loading",
     "presets": "sambay.spec",
+    "quantise": "sambay.hf.quantisation",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "initialise",
     "load_model",
     "presets",
+    "quantise",
 ]
 
 register.install()

@@ -152,6 +152,21 @@ def test_an_evaluation_prints_its_metrics_and_where_they_are(
     assert "results/tiny-Greetings holds another evaluation: settings.count was '5', now '4'" in err
 
 
+def test_quantised_weights_are_another_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    words = (folder, "my.py:Scores", "--threads", 1)
+    assert run(capsys, *words)[0] == 0
+    code, _, err = run(capsys, *words, "--weights", "int8", "--out", "results/int8")
+    assert code == 0, err
+    exact, rounded = read_result(Path("results/tiny-Scores")), read_result(Path("results/int8"))
+    assert "weights" not in exact.model
+    assert rounded.model == exact.model | {"weights": "int8"}
+    assert rounded.metrics["nats"].value != exact.metrics["nats"].value
+    assert rounded.metrics["nats"].value == pytest.approx(exact.metrics["nats"].value, abs=0.05)
+
+
 def test_backends_agree(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for backend in ("engine", "transformers"):
         for suite in ("Greetings", "Scores"):
@@ -263,6 +278,8 @@ def test_another_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFix
          "--dtype is for models that run here"),
         ("m my.py:Greetings --backend server --url http://127.0.0.1:1 --device cpu",
          "--device is for models that run here"),
+        ("{model} my.py:Greetings --backend transformers --weights int8",
+         "--weights is for --backend engine; transformers has its own"),
         ("m my.py:Greetings --backend server --url nowhere", "is not the address of a server"),
         ("{model} my.py:Greetings --batch-size 0", "--batch-size is 0; it must be at least 1"),
         ("{model} my.py:Greetings --tokenizer none", "--tokenizer none: there is no none"),

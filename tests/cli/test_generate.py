@@ -21,6 +21,7 @@ from sambay.cli.main import main
 from sambay.data.tokenizer import Tokenizer
 from sambay.generate import Engine, Request, SamplingParams, TextGenerator
 from sambay.hf.loading import load_model
+from sambay.hf.quantisation import quantise
 from sambay.model.folder import load_model_folder, save_model_folder
 from tests import tiny
 from tests.cli.models import END_IDS, write_official
@@ -263,3 +264,26 @@ def test_a_terminal_without_the_characters_gets_question_marks(
     words = ["--prompt", PROMPT, "--max-new-tokens", "60", "--temperature", "9", "--top-p", "1"]
     assert main(["generate", "--model", str(model_folder), *words]) == 0
     assert b"?" in terminal.buffer.getvalue()  # pyright: ignore
+
+
+def test_weights_may_be_quantised(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    words = ("--model", model_folder, "--prompt", PROMPT, "--max-new-tokens", 30)
+    model = quantise(load_model_folder(model_folder), "int8")
+    generator = TextGenerator(Engine(model), Tokenizer.load(model_folder))
+    sampling = SamplingParams(temperature=0.8, top_p=0.95)
+    text = generator.generate([PROMPT], max_new_tokens=30, sampling=sampling)[0].text
+    code, out, _ = run(capsys, *words, "--weights", "int8")
+    assert code == 0
+    assert out == text + "\n"
+    code, out, err = run(capsys, *words, "--weights", "int4")
+    assert (code, out) == (2, "")
+    assert "group_size = 32 divides no row to quantise (rows of " in err  # of 36 weights, or 52
+    assert err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr("sambay.train.export.load_checkpoint_model", None)  # so it is not called
+    code, out, err = run(capsys, *words, "--weights", "int8")
+    assert (code, out) == (2, "")
+    assert "quantising weights needs the package 'torchao'" in err

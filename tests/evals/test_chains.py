@@ -31,7 +31,7 @@ class Solver:
     def generate(self, calls: Sequence[Call], on_answer: Callable[[int, Answer], None]) -> None:
         for index, call in enumerate(calls):
             lines = call.prompt.split("\n")
-            values = dict(line.split("=") for line in lines[: lines.index("")])
+            values = dict(line.rstrip(".").split("=") for line in lines[: lines.index("")])
             at, way = lines[-1].removesuffix("="), []
             while at in values and len(way) < self.most:
                 at = values[at]
@@ -91,6 +91,8 @@ def test_puzzles_are_the_same_every_time_and_chains_never_meet() -> None:
     used = [name for chain in made.chains for name in chain]
     assert len(set(used)) == len(used)
     assert len(made.lines) == 7
+    marked = {line.removesuffix(".").split("=")[1] for line in made.lines if line.endswith(".")}
+    assert marked == {chain[-1] for chain in made.chains}
     assert SUITE.items() == SUITE.items()
     prompt = SUITE.items()[0].call.prompt
     lines, _, rest = prompt.partition("\n\n")
@@ -104,7 +106,7 @@ def test_texts_to_train_on_hold_answered_questions() -> None:
     assert texts == list(chain_documents(1, 20, most_lines=20, most_steps=5, most_questions=3))
     for text in texts:
         head, _, tail = text.partition("\n\n")
-        values = dict(line.split("=") for line in head.splitlines())
+        values = dict(line.rstrip(".").split("=") for line in head.splitlines())
         assert 2 <= len(values) <= 20
         for line in tail.splitlines():
             way = line.removesuffix(".").split("=")

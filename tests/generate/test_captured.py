@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sambay.generate import Request, SlotEngine
 from sambay.generate.decode_step import DecodeStep
+from sambay.generate.memory import captured_bytes
 from sambay.model import LanguageModel
 from sambay.model.slots import SlotCache
 from sambay.ops.decode import skinny_linear
@@ -247,3 +248,12 @@ def test_a_recording_reads_and_writes_where_it_did() -> None:
     x.copy_(torch.randn(2, 5))
     recording.replay()
     torch.testing.assert_close(y, x @ weight.T)
+
+
+@pytest.mark.parametrize("name", ["sambay+da", "samba", "transformer++"])
+def test_the_plan_holds_what_captured_steps_keep(name: str) -> None:
+    model = tiny_model(name, dtype=torch.float32)
+    step = DecodeStep(model, SlotCache(model, 3, 8, torch.float32))
+    step.run(3)
+    kept = sum(buffer.nbytes for buffer in step._buffers)
+    assert 0.4 * captured_bytes(model.config, 3) < kept <= captured_bytes(model.config, 3)

@@ -10,8 +10,10 @@ import torch
 
 from sambay.errors import ConfigError
 from sambay.generate import Engine, Request, SamplingParams
+from sambay.generate.decode_step import DecodeStep
 from sambay.generate.memory import NotEnoughMemory
 from sambay.generate.session import Session
+from sambay.ops.native.library import why_unavailable
 from tests import tiny
 
 
@@ -101,3 +103,36 @@ def test_memory_is_asked_first_and_ends_an_answer(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sambay.generate.memory.available_bytes", lambda device: 0)
     with pytest.raises(NotEnoughMemory, match="shorten the prompt"):
         session.stream(Request([*range(40)], 3))
+
+
+def test_weights_that_changed_meanwhile_are_what_continues() -> None:
+    engine = Engine(model())
+    session = Session(engine)
+    text = [1, 2, 3, *answer(session, Request([1, 2, 3], 5)), 4]
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(1.5)
+    assert (
+        answer(session, Request(text, 9))
+        == Engine(engine.model).generate([Request(text, 9)])[0].tokens
+    )
+
+
+def test_steps_are_captured_and_again_when_the_slot_has_grown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sambay.generate.session.FIRST_GROWTH", 4)
+    made: list[DecodeStep] = []
+
+    class Counted(DecodeStep):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            made.append(self)
+
+    monkeypatch.setattr("sambay.generate.session.DecodeStep", Counted)
+    request = Request([1, 2, 3], 40)
+    engine = Engine(model())
+    assert answer(Session(engine), request) == engine.generate([request])[0].tokens
+    assert len(made) > 2
+    reason = why_unavailable()
+    assert all(step.why_not_captured == reason for step in made)

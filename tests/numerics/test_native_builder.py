@@ -266,6 +266,7 @@ def test_the_sources_are_found_beside_the_builder():
         "causal_conv.cpp",
         "decode_attention.cpp",
         "decode_differential.cpp",
+        "grouped_linear.cpp",
         "mamba_step.cpp",
         "replay.cpp",
         "selective_scan_backward.cpp",

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serve.served_models import NEEDS_VLLM, Engine, Served, largest_error, served
+from sambay.model import LanguageModel
+from sambay.model.folder import save_model_folder
+from sambay.spec.named import named
+from tests.serve.served_models import (
+    NEEDS_VLLM,
+    Engine,
+    Served,
+    largest_error,
+    mixed_prompts,
+    served,
+)
 
 pytestmark = [NEEDS_VLLM, pytest.mark.timeout(1800)]
 NEW = 8
@@ -116,6 +126,27 @@ def every_prompt_of(name: str, folder: Path) -> None:
         assert any(output.num_cached_tokens > 0 for output in outputs)
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sambay-20m", "sambay+da-20m", "transformer++-20m"])
+def test_twenty_million_parameters(name: str, tmp_path: Path) -> None:
+    """Models as they are measured, longer answers, against our engine's slots."""
+    from sambay.generate import Engine as OwnEngine
+    from sambay.generate import Request
+
+    torch.manual_seed(0)
+    model = LanguageModel(named(name)).eval()
+    save_model_folder(tmp_path / "model", model)
+    prompts, new = mixed_prompts(), 64
+    own = OwnEngine(model).generate_many([Request(p, new) for p in prompts], max_batch_size=8)
+    expected = [completion.tokens for completion in own]
+    for options in ({}, ALL_THREE):
+        engine = Engine(tmp_path / "model", **options)
+        try:
+            assert engine.tokens(prompts, new) == expected, options
+        finally:
+            engine.close()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from sambay.cli.main import main
 from sambay.errors import ConfigError
 from sambay.generate.memory import NotEnoughMemory
 from sambay.model import LanguageModel
+from sambay.ops.native.library import why_unavailable
 from sambay.spec import presets
 from sambay.studies.generation import GenerationPlan, Key, Lengths, measure
 from sambay.studies.generation_report import Measured, interval, markdown, summarise
@@ -192,6 +193,26 @@ def test_the_command_measures_writes_and_resumes(
     assert json.loads((tmp_path / "out" / "results.json").read_text())["points"] == result["points"]
     assert main([*words, "--seed", "1"]) == 2
     assert "measured with another seed" in capsys.readouterr().err
+
+
+def test_weights_of_other_numbers_are_another_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    config = presets.build("transformer++", 4, **TINY)
+    (tmp_path / "small.json").write_text(json.dumps(config.to_dict()))
+    words = [
+        "bench", "generation", "--models", str(tmp_path / "small.json"), "--lengths", "4/6",
+        "--concurrency", "2", "--rounds", "1", "--out", str(tmp_path / "out"), "--weights", "int8",
+    ]  # fmt: skip
+    assert main(words) == 0
+    assert ", float32 with int8 weights, random" in (tmp_path / "out" / "results.md").read_text()
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["plan"]["weights"] == "int8"
+    if why_unavailable() is None:
+        assert [point["step_mode"] for point in result["points"]] == ["captured"]
+    assert main(words[:-2]) == 2
+    assert "measured with another weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ def check_options(args: argparse.Namespace) -> None:
             if args.url is not None
             else "--backend server needs --url, such as http://127.0.0.1:8000"
         )
+    if args.weights is not None and args.backend != "engine":
+        raise ConfigError(f"--weights is for --backend engine; {args.backend} has its own")
     if args.backend == "server":
         for option, value in (("dtype", args.dtype), ("threads", args.threads)):
             if value is not None:
@@ -79,6 +81,8 @@ def open_backend(args: argparse.Namespace, model: str) -> Backend:
         ours.generator.tokenizer, ours.folder, ours.tokenizer_folder, args.template
     )
     facts = {"name": model_name(Path(model)), "weights_sha256": weights_sha256(path)}
+    if args.weights is not None:  # other answers than those of the weights in the files
+        facts["weights"] = args.weights
     return EngineBackend(ours.generator, prompts, facts, **limits)
 
 

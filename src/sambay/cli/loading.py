@@ -57,6 +57,10 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights (as they are stored)"
     )
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"),
+        help="make integers of the layers' matrices once they are loaded (needs torchao)",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (all)")
     parser.add_argument(
@@ -90,10 +94,13 @@ def load(args: argparse.Namespace, path: Path) -> LoadedModel:
     import torch
 
     from sambay.generate import Engine, TextGenerator
+    from sambay.hf import quantisation
     from sambay.hf.loading import is_model_folder
     from sambay.hf.tokenizer import find_tokenizer, load_tokenizer
     from sambay.train.export import load_checkpoint_model
 
+    if args.weights is not None:
+        quantisation.require_torchao()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = find_device(args.device)
@@ -108,6 +115,8 @@ def load(args: argparse.Namespace, path: Path) -> LoadedModel:
         print(f"loading {size / 1e9:.1f} GB from {path} ...", file=sys.stderr, flush=True)
     started = time.perf_counter()
     model, _, beside = load_checkpoint_model(path, dtype=dtype or torch.float32, device=device)
+    if args.weights is not None:
+        quantisation.quantise(model, args.weights)
     if watched:
         print(f"loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     folder = beside.parent

@@ -2,7 +2,9 @@
 
 A model that answers writes every variable on the way, so the steps of its reasoning are as many as
 its answer has words, and each is a look-up in the text. Unlike a phone book, a line found wrongly
-spoils all that comes after it.
+spoils all that comes after it. The last line of a chain ends with a dot (`qi=ze.`): that no line
+goes on from a variable would be a question of another kind, and small models that followed chains
+of 16 without a slip did not learn it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,11 @@ def puzzle(generator: random.Random, steps: Sequence[int]) -> Puzzle:
         )
     names = iter(generator.sample(VARIABLES, needed))
     chains = tuple(tuple(next(names) for _ in range(count + 1)) for count in steps)
-    lines = [f"{name}={value}" for chain in chains for name, value in pairwise(chain)]
+    lines = [
+        f"{name}={value}{END if value == chain[-1] else ''}"
+        for chain in chains
+        for name, value in pairwise(chain)
+    ]
     generator.shuffle(lines)
     return Puzzle(tuple(lines), chains)
 

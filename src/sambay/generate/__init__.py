@@ -4,6 +4,7 @@ from sambay.generate.engine import Engine
 from sambay.generate.reference import reference_generate
 from sambay.generate.requests import Completion, Request, TokenEvent
 from sambay.generate.sampling import SamplingParams, sample_seed
+from sambay.generate.session import Session
 from sambay.generate.slot_engine import SlotEngine
 from sambay.generate.text import TextCompletion, TextGenerator, TextStream
 
@@ -12,6 +13,7 @@ __all__ = [
     "Engine",
     "Request",
     "SamplingParams",
+    "Session",
     "SlotEngine",
     "TextCompletion",
     "TextGenerator",

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sambay.layers.quantised import held_tensors
 from sambay.layers.slots import SlotStep
 from sambay.model import LanguageModel
 from sambay.model.slots import SlotCache
@@ -27,7 +28,8 @@ _WARM_UPS = 3  # calls before a capture, in which kernels are chosen and built
 class DecodeStep:
     """Feeds the next token of every slot and counts its column.
 
-    The model's weights must stay as they are: see `SlotEngine`.
+    The model's weights must stay as they are, and the cache where it is: calls are repeated with
+    their addresses, and what follows from weights alone was computed once.
 
     tokens_B: (B,) int64, written by the caller before each step.
     why_not_captured: None if steps are replayed, else the reason that they are not.
@@ -83,6 +85,20 @@ class DecodeStep:
         recording.replay()
         return logits_BV
 
+    @torch.inference_mode()
+    def seconds_by_kernel(self, width: int) -> dict[str, float] | None:
+        """Take a step of that width, and tell how long each kernel took; None if none is recorded.
+
+        The calls from Python are counted too, about a microsecond each.
+        """
+        recorded = self._recordings.get((width, torch.get_num_threads()))
+        if recorded is None:
+            return None
+        seconds: dict[str, float] = {}
+        for name, one in zip(recorded[0].names, recorded[0].replay_timed(), strict=True):
+            seconds[name] = seconds.get(name, 0.0) + one
+        return seconds
+
     def _step(self, width: int) -> Tensor:
         held_B = self._cache.lengths_B[:width]
         count_columns(held_B)
@@ -129,3 +145,25 @@ class DecodeStep:
             reason = str(error).splitlines()[0]
             self.why_not_captured = f"the capture failed: {reason}"
             _log.warning("decode steps are not captured as a CUDA graph: %s", reason)
+
+
+def weight_places(model: LanguageModel) -> list[tuple[int, int]]:
+    """Where weights lie, and how often they were changed in place.
+
+    Of quantised ones that is where their integers and scales lie; of others that are no plain
+    parameters nothing is captured.
+    """
+    places = []
+    for weight in model.parameters():
+        if weight.is_meta:
+            continue
+        if type(weight) is nn.Parameter:
+            places.append((weight.data_ptr(), _version(weight)))
+        elif held := held_tensors(weight):
+            places.append((0, _version(weight)))  # torchao changes what is inside uncounted
+            places += [(tensor.data_ptr(), _version(tensor)) for tensor in held]
+    return places
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

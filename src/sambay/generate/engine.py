@@ -89,9 +89,16 @@ class Engine:
         Checks at the call, computes as the iterator is read, and frees the cache when it is closed.
         Raises as `generate` does.
         """
+        return self._run(list(range(len(requests))), requests, self.check(requests))
+
+    def check(self, requests: Sequence[Request]) -> list[Tensor]:
+        """The prompts of requests that could run as one batch, in int64.
+
+        Raises as `generate` does.
+        """
         prompts = self._checked(requests)
         self._require_memory(prompts, requests)
-        return self._run(list(range(len(requests))), requests, prompts)
+        return prompts
 
     def generate_many(
         self,

@@ -86,19 +86,31 @@ def require_memory(
     )
 
 
+def captured_bytes(config: ModelConfig, num_slots: int) -> int:
+    """An estimate, somewhat too high, of what captured steps keep: the output of every operation.
+
+    What one layer computed lies beside what the next does, in float32 at most.
+    """
+    widths = 5 * config.hidden_size + 3 * config.intermediate_size
+    widths += 3 * (config.d_inner + config.attention_size)
+    return 4 * num_slots * (config.num_layers * widths + 2 * config.vocab_size)
+
+
 def slots_bytes(
     config: ModelConfig, num_slots: int, capacity: int, *, chunk: int, value_bytes: int
 ) -> int:
     """What slots of `capacity` columns need: exact caches plus estimated activations.
 
     Besides the slots themselves there are up to two caches of prompts of `chunk` tokens together:
-    those just computed for several slots, and a prompt kept for slots to come.
+    those just computed for several slots, and a prompt kept for slots to come; and what captured
+    steps keep.
     """
     passing = min(capacity, -(-chunk // num_slots))
     cache = cache_bytes(config, num_slots, capacity, kv_bytes=value_bytes)
     prompts = 2 * cache_bytes(config, num_slots, passing, kv_bytes=value_bytes)
     call_tokens = min(num_slots * capacity, max(chunk, num_slots))
-    return cache + prompts + working_bytes(config, num_slots, call_tokens, value_bytes)
+    working = working_bytes(config, num_slots, call_tokens, value_bytes)
+    return cache + prompts + captured_bytes(config, num_slots) + working
 
 
 def require_slots(

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sambay.errors import ConfigError
 from sambay.generate.batch import DROP_BELOW, RunningBatch
-from sambay.generate.decode_step import DecodeStep
+from sambay.generate.decode_step import DecodeStep, weight_places
 from sambay.generate.memory import available_bytes, require_slots
 from sambay.generate.prefill import distinct, padding, prefill
 from sambay.generate.requests import Completion, Request, Timings, TokenEvent, checked_prompt
@@ -98,7 +98,7 @@ class SlotEngine:
         self._waiting: deque[_Waiting] = deque()
         self._kept: _Kept | None = None
         self._submitted = 0
-        self._weights = _places(model)
+        self._weights = weight_places(model)
 
     @property
     def num_waiting(self) -> int:
@@ -203,7 +203,7 @@ class SlotEngine:
             self._kept = None
 
     def _checked(self, request: Request, number: int) -> tuple[Request, Tensor]:
-        if _places(self.model) != self._weights:
+        if weight_places(self.model) != self._weights:
             raise ConfigError(
                 "the model's weights changed after the slot engine was made; make another one"
             )
@@ -328,12 +328,3 @@ class SlotEngine:
     def _release(self, slot: int) -> None:
         self._rows.release(slot)
         self._cache.set_length(slot, 0)
-
-
-def _places(model: LanguageModel) -> list[tuple[int, int]]:
-    """Where plain weights lie, and how often they were changed in place."""
-    return [
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        for weight in model.parameters()
-        if type(weight) is nn.Parameter and not weight.is_meta
-    ]

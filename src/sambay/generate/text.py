@@ -12,6 +12,7 @@ from sambay.errors import ConfigError
 from sambay.generate.engine import Engine
 from sambay.generate.requests import Completion, FinishReason, Request, TokenEvent
 from sambay.generate.sampling import GREEDY, SamplingParams, sample_seed
+from sambay.generate.session import Session
 from sambay.generate.stopping import StopMatcher
 
 
@@ -127,7 +128,8 @@ class TextGenerator:
         reader = self._reader(stop, stop_token_ids)
         ids = self._encoded(prompt)
         request = Request(ids, max_new_tokens, sampling, reader.stop_token_ids, reader.read)
-        return TextStream(self.engine.stream([request]), reader)
+        self.engine.check([request])
+        return TextStream(Session(self.engine).stream(request), reader)
 
     def _encoded(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -1,4 +1,4 @@
-"""Which matrices weight-only quantisation may replace, in the terms of transformers and torchao.
+"""Weights of 8 and 4 bits by torchao: which matrices may be replaced, and replacing them.
 
 Kept as they are: the head, which is the embedding in tied models (quantised on its own it would be
 a second copy); and what computes B, C and the time steps of a Mamba layer: 0.4 % of the weights of
@@ -10,17 +10,72 @@ matrices of a linear layer are never touched by torchao.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-from sambay.errors import ConfigError
+from sambay.errors import ConfigError, MissingPackage
 from sambay.hf.lora import TARGETS, HasModelConfig, kinds_of, target_modules
 from sambay.spec import ModelConfig
 
 HEAD = "lm_head"
+WEIGHTS = ("int8", "int4")
+GROUP_SIZE = 32
+"""Weights of 4 bits that share a scale; kernels of this package read groups of whole multiples."""
+
 _KEPT = ("mamba.x_proj", "mamba.dt_proj", "gated_delta.a_proj", "gated_delta.b_proj")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def quantise(model: M, weights: str, *, group_size: int = GROUP_SIZE) -> M:
+    """The model itself, the matrices of its layers replaced by integers with scales.
+
+    On a CPU decode steps then read them at the speed of memory (`sambay.layers.quantised`);
+    anything else that multiplies by them is done by torchao, in the dtype they had.
+
+    model: a `LanguageModel`, or one of the classes of transformers for it.
+    weights: "int8" with a scale for each row, or "int4" with one for each group.
+    group_size: for "int4"; layers whose rows it does not divide stay as they are.
+
+    Raises:
+        ConfigError: other weights, a group size that is no multiple of 32 or divides no row of the
+            model, or a model that is quantised already.
+        MissingPackage: torchao is not installed.
+    """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights = {weights!r} is unknown; use {' or '.join(WEIGHTS)}")
+    if group_size < 1 or group_size % GROUP_SIZE:
+        raise ConfigError(f"group_size = {group_size} is no multiple of {GROUP_SIZE}; use 32 or 64")
+    require_torchao()
+    from torchao import quantization
+
+    config: Any = model.config
+    quantises = filter_fn(config, group_size if weights == "int4" else None)
+    for name, module in model.named_modules():
+        if quantises(module, name) and type(module.weight) is not nn.Parameter:
+            kind = type(module.weight).__name__
+            raise ConfigError(f"{name} holds {kind} already; quantise a model that is not")
+    how: Any = quantization.Int8WeightOnlyConfig()
+    if weights == "int4":
+        group, dtype = quantization.PerGroup(group_size), getattr(torch, weights)
+        how = quantization.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=group)
+    quantization.quantize_(model, how, filter_fn=quantises)
+    return model
+
+
+def require_torchao() -> None:
+    """Make sure that weights can be quantised, before the time it takes to load them.
+
+    Raises:
+        MissingPackage: torchao is not installed.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise MissingPackage("torchao", "quantising weights", "finetune")
 
 
 def modules_to_not_convert(
@@ -65,7 +120,7 @@ def _patterns(config: ModelConfig | HasModelConfig, group_size: int | None) -> l
         rows = ", ".join(map(str, sorted(set(widths.values()))))
         raise ConfigError(
             f"group_size = {group_size} divides no row to quantise (rows of {rows} weights); "
-            "choose a size that does, such as 32"
+            "choose a size that does, such as 32, or int8 with one scale per row"
         )
     return [target_modules(architecture, kept)] if kept else []
 

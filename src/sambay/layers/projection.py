@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sambay.layers.quantised import multiply_rows
 from sambay.ops.decode import skinny_linear
 
 MOST_ROWS = 32
@@ -17,9 +18,11 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) to (..., F)."""
-        if not _is_skinny(input) or type(self.weight) is not nn.Parameter:
+        rows = None
+        if _is_skinny(input):
+            rows = _multiplied(self, input.reshape(-1, self.in_features))
+        if rows is None:
             return F.linear(input, self.weight, self.bias)
-        rows = skinny_linear(input.reshape(-1, self.in_features), self.weight, self.bias)
         return rows.view(*input.shape[:-1], self.out_features)
 
 
@@ -45,21 +48,35 @@ def is_plain(linear: nn.Module) -> bool:
     No adapter, not quantised, and nobody hooked its call: accelerate, say, leaves weights on the
     meta device and loads them when the module is called.
     """
+    return _is_bare(linear) and type(linear.weight) is nn.Parameter and not linear.weight.is_meta
+
+
+def few_rows(linear: nn.Module, x_BD: Tensor) -> Tensor:
+    """(B, D) to (B, F) by a linear map, where rows are slots: without gradients.
+
+    On a CPU a plain map, also one whose weight torchao has quantised, reads its weight at the speed
+    of memory; any other map is simply called.
+    """
+    if x_BD.device.type == "cpu" and len(x_BD) <= MOST_ROWS and _is_bare(linear):
+        rows = _multiplied(linear, x_BD)  # pyright: ignore
+        if rows is not None:
+            return rows
+    return linear(x_BD)
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    """Whether calling a module does nothing but multiply by its weight, whatever that is."""
     return (
         type(linear) in (nn.Linear, Linear, ResidualProjection)
-        and type(linear.weight) is nn.Parameter
-        and not linear.weight.is_meta
         and "forward" not in linear.__dict__
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
     )
 
 
-def few_rows(linear: nn.Module, x_BD: Tensor) -> Tensor:
-    """(B, D) to (B, F) by a linear map, where rows are slots: without gradients.
-
-    On a CPU a plain map reads its weight at the speed of memory; any other map is simply called.
-    """
-    if x_BD.device.type == "cpu" and len(x_BD) <= MOST_ROWS and is_plain(linear):
-        return skinny_linear(x_BD, linear.weight, linear.bias)  # pyright: ignore
-    return linear(x_BD)
+def _multiplied(linear: nn.Linear, x_BD: Tensor) -> Tensor | None:
+    """(B, F) by one of the kernels for few rows; None if none reads weights of this kind."""
+    weight = linear.weight
+    if type(weight) is not nn.Parameter:
+        return multiply_rows(x_BD, weight, linear.bias)
+    return None if weight.is_meta else skinny_linear(x_BD, weight, linear.bias)

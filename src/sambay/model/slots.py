@@ -6,12 +6,14 @@ the slot, or lies at c modulo the size of a ring. Buffers are those of `ModelCac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sambay.layers.slots import SlotLayer
+from sambay.layers.state import RecurrentState
 from sambay.model.cache import ModelCache
 from sambay.model.model import LanguageModel
 
@@ -58,13 +60,47 @@ class SlotCache:
         return self._layers[width]
 
     @torch.inference_mode()
+    def reserve(self, capacity: int) -> None:
+        """Make room for more columns in every slot; what holds columns moves in memory."""
+        self._cache.reserve(capacity)
+        self.capacity = max(capacity, self.capacity)
+        self._layers.clear()
+
+    def row(self, slot: int, columns: int) -> ModelCache:
+        """A cache of one row in the memory of a slot that holds `columns`: goes on in place."""
+        layers = [None if state is None else state.rows(slot, 1) for state in self._cache.layers]
+        cache = ModelCache(layers, None)
+        cache.length = columns
+        return cache
+
+    @contextlib.contextmanager
+    def all_idle(self) -> Iterator[None]:
+        """Within it every slot is idle, behind it all is as before, whatever steps were taken.
+
+        An idle slot stores no column, but its recurrent states move on.
+        """
+        buffers = [self.lengths_B]
+        for state in self._states:
+            if isinstance(state, RecurrentState):
+                buffers += state.buffers.values()
+        kept = [buffer.clone() for buffer in buffers]
+        with torch.inference_mode():
+            self.lengths_B.zero_()
+        try:
+            yield
+        finally:
+            with torch.inference_mode():
+                for buffer, values in zip(buffers, kept, strict=True):
+                    buffer.copy_(values)
+
+    @torch.inference_mode()
     def empty(self, slot: int) -> ModelCache:
         """A cache of one row without columns in the memory of a slot: prefill it in place."""
-        layers = [None if state is None else state.rows(slot, 1) for state in self._cache.layers]
-        for state in layers:
+        cache = self.row(slot, 0)
+        for state in cache.layers:
             if state is not None:
                 state.clear()
-        return ModelCache(layers, None)
+        return cache
 
     @torch.inference_mode()
     def take(self, slot: int, cache: ModelCache, row: int) -> None:

@@ -58,6 +58,7 @@ class GenerationPlan:
 
     requests: per measurement, in multiples of the concurrency.
     spread: standard deviation of the lengths over their mean; they stay within two of these.
+    weights: "int8" or "int4" for the matrices of the layers; None leaves them in `dtype`.
     """
 
     models: tuple[str, ...]
@@ -68,6 +69,7 @@ class GenerationPlan:
     spread: float = 0.3
     seed: int = 0
     dtype: str = "float32"
+    weights: str | None = None
     device: str = "cpu"
     prefill_chunk: int = 2048
 
@@ -85,6 +87,11 @@ class GenerationPlan:
             raise ConfigError(f"spread is {self.spread}; it must be at least 0 and below 0.5")
         if len(set(self.models)) < len(self.models):
             raise ConfigError("models: one is named twice; leave one of them out")
+
+    @property
+    def numbers(self) -> str:
+        """What the models compute in, in words."""
+        return self.dtype if self.weights is None else f"{self.dtype} with {self.weights} weights"
 
     @property
     def keys(self) -> Iterator[Key]:

@@ -15,6 +15,7 @@ import torch
 from sambay.errors import ConfigError
 from sambay.files import write_json
 from sambay.generate.memory import available_bytes, readable_bytes, require_slots
+from sambay.hf.quantisation import quantise
 from sambay.model import LanguageModel
 from sambay.spec import ModelConfig
 from sambay.spec.footprint import parameter_count
@@ -81,7 +82,7 @@ def plan_values(plan: GenerationPlan, configs: Mapping[str, ModelConfig]) -> dic
 
 
 def weight_bytes(plan: GenerationPlan, config: ModelConfig) -> int:
-    """The bytes of a model's weights."""
+    """The bytes of a model's weights before any of them are quantised."""
     return parameter_count(config) * getattr(torch, plan.dtype).itemsize
 
 
@@ -121,7 +122,8 @@ def require_memory_for(plan: GenerationPlan, configs: Mapping[str, ModelConfig])
 def build(plan: GenerationPlan, config: ModelConfig) -> LanguageModel:
     """A model with random weights."""
     model = LanguageModel(config).eval().requires_grad_(False)
-    return model.to(device=plan.device, dtype=getattr(torch, plan.dtype))
+    model = model.to(device=plan.device, dtype=getattr(torch, plan.dtype))
+    return model if plan.weights is None else quantise(model, plan.weights)
 
 
 def run_plan(

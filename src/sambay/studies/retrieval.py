@@ -35,12 +35,16 @@ _SHORT, _TRAINED = SHORT_PAIRS[1], PAIRS[1]  # entries of the longest books trai
 
 @dataclass(frozen=True)
 class Contender:
-    """A model of the study; `label` names its runs and nothing else."""
+    """A model of the study; `label` names its runs and nothing else.
+
+    budgets: how many times the scale's tokens it is trained on.
+    """
 
     label: str
     architecture: str
     window: int | None = None
     mixture: str = "look-ups"
+    budgets: int = 1
 
 
 CONTENDERS = (
@@ -52,14 +56,14 @@ CONTENDERS = (
     Contender("s-gdny", "s-gdny", 32),
     Contender("sambay-w16", "sambay", 16),
     Contender("sambay-w64", "sambay", 64),
-    Contender("sambay-chains", "sambay", 32, "chains"),
-    Contender("transformer++-chains", "transformer++", mixture="chains"),
+    Contender("sambay-chains", "sambay", 32, "chains", budgets=2),
+    Contender("transformer++-chains", "transformer++", mixture="chains", budgets=2),
 )
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of it: tokens per run, who takes part, and what is asked.
+    """How much of it: tokens of a budget, who takes part, and what is asked.
 
     documents: of each kind to train on.
     pairs: entries of the phone books; steps: of the chains.
@@ -125,7 +129,7 @@ def members(scale: Scale, seeds: Sequence[int], data: Path) -> list[Member]:
             config = small_retrieval.small_retrieval(
                 one.architecture,
                 seed=seed,
-                tokens=scale.tokens,
+                tokens=one.budgets * scale.tokens,
                 data=str(data),
                 mixture=one.mixture,
                 **window,

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests of each client on average (2)")  # fmt: skip
     add("--rounds", type=int, default=3, metavar="N", help="repetitions, other lengths drawn (3)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and cache")
+    add("--weights", choices=("int8", "int4"), help="of the layers' matrices (as --dtype says)")
     add("--device", default="cpu", metavar="NAME", help="cpu or cuda (cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (all)")
     add("--prefill-chunk", type=int, default=2048, metavar="N", help="tokens per prefill (2048)")
@@ -60,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: an unknown model, length or device, a number out of range, or a folder with
             measurements of another plan.
+        MissingPackage: weights are to be quantised, and torchao is not installed.
         NotEnoughMemory: something would not fit; names what would. Nothing was measured.
     """
     import torch
 
+    from sambay.hf.quantisation import require_torchao
     from sambay.studies.generation_run import PointsFile, require_memory_for, run_plan
 
     if args.device not in ("cpu", "cuda"):
@@ -73,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--threads", args.threads), ("--divide", args.divide)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value} is too small; it must be at least 1")
+    if args.weights is not None:
+        require_torchao()
     configs = dict(_find_model(text) for text in args.models)
     plan = _plan(args, tuple(configs))
     baseline = args.baseline or plan.models[-1]
@@ -102,10 +107,11 @@ def _find_model(text: str) -> tuple[str, ModelConfig]:
         raise ConfigError(f"--models {text}: no readable JSON file ({error})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--models {text}: no model configuration; give a config.json")
-    model = values.get("model", values)  # of a run, or of a model alone
-    return path.stem if path.stem != "config" else path.resolve().parent.name, (
-        ModelConfig.from_dict(model)
-    )
+    try:
+        config = ModelConfig.from_dict(values.get("model", values))  # of a run, or of a model alone
+    except ConfigError as error:
+        raise ConfigError(f"--models {text}: {error}") from error
+    return path.stem if path.stem != "config" else path.resolve().parent.name, config
 
 
 def _plan(args: argparse.Namespace, models: tuple[str, ...]) -> GenerationPlan:
@@ -122,6 +128,7 @@ def _plan(args: argparse.Namespace, models: tuple[str, ...]) -> GenerationPlan:
         spread=args.spread,
         seed=args.seed,
         dtype=args.dtype,
+        weights=args.weights,
         device=args.device,
         prefill_chunk=args.prefill_chunk,
     )
@@ -132,7 +139,7 @@ def _describe(plan: GenerationPlan, configs: dict[str, ModelConfig]) -> None:
     from sambay.spec.footprint import parameter_count
     from sambay.studies.generation_run import weight_bytes
 
-    print(f"{sum(1 for _ in plan.keys)} measurements in {plan.rounds} rounds, {plan.dtype}")
+    print(f"{sum(1 for _ in plan.keys)} measurements in {plan.rounds} rounds, {plan.numbers}")
     for name, config in configs.items():
         weights = readable_bytes(weight_bytes(plan, config))
         print(f"{name}: {parameter_count(config):,} parameters, {weights}, {config.layer_pattern}")
@@ -177,7 +184,7 @@ def _write(
     about = [
         f"`{command}`",
         "",
-        f"{machine['value']}, {plan.dtype}, random weights; {plan.rounds} rounds in which the "
+        f"{machine['value']}, {plan.numbers}, random weights; {plan.rounds} rounds in which the "
         f"models take turns, lengths normal with a spread of {plan.spread:.0%}, "
         f"{plan.requests} requests per client; decode steps {', '.join(modes)}.",
     ]
@@ -187,7 +194,7 @@ def _write(
     print(f"\n{page}\nwritten to {out}")
     try:
         for lengths, models in summary["lengths"].items():
-            figure = draw_generation(models, lengths, f"{machine['value']}, {plan.dtype}")
+            figure = draw_generation(models, lengths, f"{machine['value']}, {plan.numbers}")
             for suffix in (".png", ".svg"):
                 save(figure, out / f"generation_{lengths.replace('/', '_')}{suffix}")
     except MissingPackage as error:  # the numbers are there; pictures can be drawn elsewhere

@@ -15,6 +15,7 @@ from torch import Tensor
 from sambay.ops import registry
 from sambay.ops.decode import native, reference, triton
 from sambay.ops.decode.gradients import without_gradients
+from sambay.ops.decode.groups import grouped_linear, pack_int4
 from sambay.ops.decode.rows import (
     add_rows,
     count_columns,
@@ -33,8 +34,10 @@ __all__ = [
     "decode_differential_attention",
     "embed_rows",
     "gate_rows",
+    "grouped_linear",
     "mamba_step",
     "norm_rows",
+    "pack_int4",
     "rotary_turns",
     "rotate_heads",
     "skinny_linear",

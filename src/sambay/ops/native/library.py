@@ -34,6 +34,7 @@ _SIGNATURES = {
     "sambay_decode_differential": (_QUERY + "pp ddd i", None),
     "sambay_store_columns": ("pii pii piii piii pi iii i", None),
     "sambay_skinny_linear": ("pi pi pp p iii ii i", None),
+    "sambay_grouped_linear": ("pi pi pi pp iiii iii i", None),
     "sambay_mamba_step": ("pi pppp ppp pp p iiiii ii", None),
     "sambay_embed_rows": ("p pi p iii i d", None),
     "sambay_norm_rows": ("pi pp p ii iii dd", None),
@@ -154,3 +155,8 @@ def _mapped_openmp() -> list[Path]:
     # Other packages beside torch bring one too, and name it alike.
     homes = (home, home.with_name("torch.libs"))
     return sorted(found, key=lambda path: not any(one in path.parents for one in homes))
+
+
+def kernel_names() -> tuple[str, ...]:
+    """The kernels that Python calls with tensors' addresses."""
+    return tuple(_SIGNATURES)

@@ -9,8 +9,10 @@ the list is replayed: it is noticed, and the reason why there is no recording.
 from __future__ import annotations
 
 import array
+import itertools
 import math
 import threading
+import time
 from typing import Any
 
 import torch
@@ -43,18 +45,34 @@ def recording() -> bool:
 
 
 class Recording:
-    """The calls of a step. `replay` makes them again, in the memory in which they were made."""
+    """The calls of a step. `replay` makes them again, in the memory in which they were made.
 
-    def __init__(self, calls: list[list[int]], kept: list[Any]) -> None:
+    names: of the kernels, in the order of the calls.
+    """
+
+    def __init__(self, names: list[str], calls: list[list[int]], kept: list[Any]) -> None:
+        self.names = tuple(names)
         self._words = array.array("q", [word for words in calls for word in words])
-        self._count, self._kept = len(calls), kept
+        lengths = [len(words) * self._words.itemsize for words in calls]
+        start = self._words.buffer_info()[0]
+        self._addresses = list(itertools.accumulate(lengths[:-1], initial=start))
+        self._kept = kept
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.names)
 
     def replay(self) -> None:
         """All calls, one after another."""
-        kernels().sambay_replay(self._words.buffer_info()[0], self._count)
+        kernels().sambay_replay(self._addresses[0], len(self))
+
+    def replay_timed(self) -> list[float]:
+        """All calls, one after another, and the seconds that each took, with that of calling it."""
+        replay, seconds = kernels().sambay_replay, []
+        for address in self._addresses:
+            began = time.perf_counter()
+            replay(address, 1)
+            seconds.append(time.perf_counter() - began)
+        return seconds
 
 
 class Recorder(TorchDispatchMode):
@@ -71,6 +89,7 @@ class Recorder(TorchDispatchMode):
         self._width, self._rows, self._buffers = width, rows, buffers
         self._given = 0
         self._unwritten: set[int] = set()  # addresses of memory that no call has been seen to fill
+        self._names: list[str] = []
         self._calls: list[list[int]] = []
         self._kept: list[Any] = []
 
@@ -88,11 +107,14 @@ class Recorder(TorchDispatchMode):
         """What was recorded; None if there is a `reason`."""
         if self.reason is None and self._unwritten:
             self.reason = "memory is filled by something else than a decode operation"
-        return Recording(self._calls, self._kept) if self.reason is None else None
+        if self.reason is not None:
+            return None
+        return Recording(self._names, self._calls, self._kept)
 
     def add(self, name: str, arguments: tuple[Any, ...], values: list[Any]) -> None:
         """Write down a call."""
         self._unwritten.difference_update(values)
+        self._names.append(name)
         self._calls.append(packed(name, values))
         # A tensor may be given other memory; what the list points to must not be freed.
         self._kept += [x.untyped_storage() for x in arguments if isinstance(x, Tensor)]

@@ -123,9 +123,9 @@ static inline void products(const T* many, int64_t many_row, const float* few, i
     for (int f = 0; f < F; ++f) {
       const vfloat c = load(few + f * few_row + at), d = load(few + f * few_row + at + LANES);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sum[m][f] += a[m] * c;
+      for (int m = 0; m < M; ++m) sum[m][f] = fused(a[m], c, sum[m][f]);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sum[m][f] += b[m] * d;
+      for (int m = 0; m < M; ++m) sum[m][f] = fused(b[m], d, sum[m][f]);
     }
   };
   for (; i + BLOCK <= size; i += BLOCK) {
@@ -141,7 +141,7 @@ static inline void products(const T* many, int64_t many_row, const float* few, i
     const int lanes = static_cast<int>(std::min<int64_t>(LANES, size - i));
     for (int f = 0; f < F; ++f) {
       const vfloat b = load(few + f * few_row + i, lanes);
-      for (int m = 0; m < M; ++m) sum[m][f] += load(many + m * many_row + i, lanes) * b;
+      for (int m = 0; m < M; ++m) sum[m][f] = fused(load(many + m * many_row + i, lanes), b, sum[m][f]);
     }
   }
   for (int m = 0; m < M; ++m)

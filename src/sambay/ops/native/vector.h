@@ -25,6 +25,17 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// sum + a * b, rounded once where there is such an instruction. Left to themselves, compilers split it
+// in some loops and not in others, where a result must not depend on the loop that computed it.
+static inline vfloat fused(vfloat a, vfloat b, vfloat sum) {
+#if defined(__FMA__)
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+  return sum;
+#else
+  return sum + a * b;
+#endif
+}
+
 // Reads and writes of fewer than LANES elements; the rest of a vector read is zero. They are kept out
 // of line, because a copy of unknown size would force the vector into memory on the common path too.
 template <typename Vector, typename Element>
