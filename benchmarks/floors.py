@@ -25,12 +25,16 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.measure import environment, interleaved, print_table, write_result
 from sambay.generate.decode_step import DecodeStep
+from sambay.hf.quantisation import quantise
+from sambay.layers.quantised import held_tensors
 from sambay.model import LanguageModel
 from sambay.model.slots import SlotCache
 from sambay.spec import LayerKind, ModelConfig, footprint, presets
 
 BANDWIDTH = "read"  # the round's name of the sum over a large buffer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Weights of so many bits, by torchao, in models that compute in bfloat16.
+INTEGERS = {"int8": 8, "int4": 4}
 # Hidden size, depth, vocabulary and heads of about 20 and 120 million parameters.
 SIZES: dict[str, dict[str, Any]] = {
     "20m": {"hidden_size": 384, "depth": 8, "vocab_size": 4096, "num_heads": 8, "head_dim": 48},
@@ -45,7 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=tuple(SIZES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=(*DTYPES, *INTEGERS), default=tuple(DTYPES))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 16_384])
     parser.add_argument("--rounds", type=int, default=11)
@@ -66,16 +70,19 @@ def main() -> None:
 def measure(args: argparse.Namespace, size: str, dtype: str, batch: int, context: int) -> dict:
     """Seconds of a step of every model, its floor in the same rounds, and their quotient."""
     steps, needed = {}, {}
+    computed = DTYPES.get(dtype, torch.bfloat16)
     for name in args.models:
         config = make_config(name, size)
-        model = LanguageModel(config).to(DTYPES[dtype]).eval()
-        steps[name] = Step(model, batch, context, DTYPES[dtype], capture=not args.plain)
-        needed[name] = step_bytes(model, batch, context, DTYPES[dtype].itemsize)
-    if args.llama and size == "20m":
+        model = LanguageModel(config).to(computed).eval()
+        if dtype in INTEGERS:
+            quantise(model, dtype)
+        steps[name] = Step(model, batch, context, computed, capture=not args.plain)
+        needed[name] = step_bytes(model, batch, context, computed.itemsize, INTEGERS.get(dtype, 0))
+    if args.llama and size == "20m" and dtype in DTYPES:
         steps["llama"], needed["llama"] = llama_step(batch, context, DTYPES[dtype])
     buffer = torch.ones(32 * 2**20)
     rounds = {BANDWIDTH: buffer.sum, **steps}
-    seconds = interleaved(rounds, rounds=args.rounds, warmup=2)
+    seconds = interleaved(rounds, rounds=args.rounds, warmup=1, settling=2)
     result: dict[str, Any] = {"size": size, "dtype": dtype, "batch": batch, "context": context}
     result["read_bytes_per_second"] = buffer.nbytes / statistics.median(seconds[BANDWIDTH])
     result["models"] = {
@@ -144,10 +151,16 @@ class Step:
         return dict(sorted(median.items(), key=lambda item: -item[1]))
 
 
-def step_bytes(model: LanguageModel, batch: int, context: int, itemsize: int) -> int:
-    """What a step must read: weights (a tied embedding once, as the head), states, columns."""
+def step_bytes(model: LanguageModel, batch: int, context: int, itemsize: int, bits: int = 0) -> int:
+    """What a step must read: weights (a tied embedding once, as the head), states, columns.
+
+    Quantised weights are integers of so many `bits`, and their scales.
+    """
     config = model.config
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = 0
+    for parameter in model.parameters():
+        held = held_tensors(parameter)
+        weights += held[0].numel() * bits // 8 + held[1].nbytes if held else parameter.nbytes
     if not config.tie_embeddings:
         weights -= model.embedding.weight.nbytes
     readers = {

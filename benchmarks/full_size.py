@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -23,9 +25,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import environment, write_result
-from sambay.generate import Engine
+from sambay.generate import Engine, Session
 from sambay.generate.requests import Request
 from sambay.hf import official
+from sambay.hf.quantisation import quantise
 from sambay.hf.random_checkpoint import Layout, write_random_checkpoint
 from sambay.model import LanguageModel
 from sambay.model.folder import stored_tensors
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks/full_size.json"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--only", choices=STAGES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -48,7 +52,7 @@ def main() -> None:
         print(json.dumps(STAGES[args.only](args)))
         return
     result: dict[str, Any] = {"environment": environment()}
-    for name in STAGES:
+    for name in args.stages:
         if name == "write" and args.folder.exists():
             print(f"write: {args.folder} is there already")
             continue
@@ -103,6 +107,19 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     return measured
 
 
+def quantised(args: argparse.Namespace, weights: str) -> dict[str, Any]:
+    """The same with integers as weights, for the shorter prompt."""
+    _, model = loaded(args)
+    began = time.perf_counter()
+    quantise(model, weights)
+    seconds = time.perf_counter() - began
+    return {
+        "quantising_seconds": seconds,
+        f"prompt_{PROMPTS[0]}": continue_prompt(model, PROMPTS[0]),
+        "peak_bytes_of_process": peak_bytes(),
+    }
+
+
 def transformers(args: argparse.Namespace) -> dict[str, Any]:
     """The same through transformers: loading, and seconds of `generate` for the shorter prompt."""
     from sambay.hf.modeling import Phi4FlashForCausalLM
@@ -130,6 +147,8 @@ STAGES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "write": write,
     "load": load,
     "generate": generate,
+    "int8": functools.partial(quantised, weights="int8"),
+    "int4": functools.partial(quantised, weights="int4"),
     "transformers": transformers,
 }
 
@@ -157,16 +176,22 @@ def continue_prompt(
     generator = torch.Generator().manual_seed(length)
     prompt = torch.randint(0, model.config.vocab_size, (length,), generator=generator)
     engine = Engine(model)
-    [completion] = engine.generate([Request(prompt, max_new_tokens=new_tokens)])
-    assert len(completion.tokens) == new_tokens
+    tokens, times = [], []
+    for event in Session(engine).stream(Request(prompt.tolist(), max_new_tokens=new_tokens)):
+        tokens.append(event.token)
+        times.append(time.perf_counter())
+    assert len(tokens) == new_tokens
     timings = engine.timings
-    return {
-        "tokens": completion.tokens,
+    measured = {
+        "tokens": tokens,
         "prefill_seconds": timings.prefill_seconds,
         "prefill_tokens_per_second": timings.prefill_tokens / timings.prefill_seconds,
         "decode_seconds": timings.decode_seconds,
-        "decode_tokens_per_second": timings.decode_tokens / max(timings.decode_seconds, 1e-9),
     }
+    # The first step is the one that is recorded.
+    if steps := [after - before for before, after in itertools.pairwise(times)][1:]:
+        measured["seconds_per_token"] = statistics.median(steps)
+    return measured
 
 
 def read_seconds(model: LanguageModel) -> float:

@@ -18,7 +18,7 @@ from sambay.ops import registry
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, settling: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of each function in every round; a round calls each once, in turn.
 
@@ -28,6 +28,8 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-warmup, rounds):
         for name, function in functions.items():
+            for _ in range(settling):
+                function()
             began = time.perf_counter()
             function()
             if turn >= 0:

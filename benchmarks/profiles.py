@@ -64,9 +64,13 @@ def main() -> None:
         ids = torch.randint(0, peers.VOCAB, (args.batch, args.columns + 1))
         title = f"training step of {args.batch} x {args.columns} tokens, {model_name}"
         results[title] = divide(peers.training_step(model, forward, ids), args.repeats)
+    # The machine is not always as fast: the floor is that of its best moment.
+    rate = max(result.pop("flops_per_second") for result in results.values())
     for title, result in results.items():
-        show(title, result)
-    write_result(args.out, {"environment": environment(), "results": results})
+        result["product_floor_seconds"] = result["product_flops"] / rate
+        show(title, result, rate)
+    found = {"environment": environment(), "flops_per_second": rate, "results": results}
+    write_result(args.out, found)
     if args.picture:
         draw(results, args.picture)
 
@@ -129,8 +133,7 @@ def divide(work: Callable[[], object], repeats: int) -> dict[str, Any]:
         "by_kind": kinds,
         "largest_others": dict(sorted(unnamed.items(), key=lambda item: -item[1])[:5]),
         "product_flops": flops,
-        "flops_per_second": statistics.median(rates),
-        "product_floor_seconds": flops / statistics.median(rates),
+        "flops_per_second": max(rates),
     }
 
 
@@ -148,16 +151,16 @@ def product_rate(size: int = 1024) -> float:
     times = []
     for _ in range(5):
         began = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         times.append(time.perf_counter() - began)
     return 2 * size**3 / min(times)
 
 
-def show(title: str, result: dict[str, Any]) -> None:
+def show(title: str, result: dict[str, Any], rate: float) -> None:
     """One table."""
     print(
         f"\n{title}: {result['seconds']:.3f} s; its products alone at "
-        f"{result['flops_per_second'] / 1e9:.0f} GFLOP/s {result['product_floor_seconds']:.3f} s"
+        f"{rate / 1e9:.0f} GFLOP/s {result['product_floor_seconds']:.3f} s"
     )
     total = sum(result["by_kind"].values())
     rows = [
@@ -186,7 +189,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.plot([floor, floor], [place - 0.4, place + 0.4], color="black", label=label)
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.15), ncols=5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
     print(f"drawn to {path}")
 

@@ -51,8 +51,21 @@ class Solver:
 def test_a_solver_that_follows_every_chain_is_right(tmp_path: Path) -> None:
     result = SUITE.evaluate(Solver(99), tmp_path)
     assert {name: metric.value for name, metric in result.metrics.items()} == dict.fromkeys(
-        [f"{kind}@{steps}" for kind in ("accuracy", "final_accuracy") for steps in (1, 3, 6)], 1.0
+        [
+            f"{kind}@{steps}"
+            for kind in ("accuracy", "followed", "final_accuracy")
+            for steps in (1, 3, 6)
+        ],
+        1.0,
     )
+
+
+def test_a_solver_that_does_not_stop_has_followed_the_chain_all_the_same(tmp_path: Path) -> None:
+    result = SUITE.evaluate(Solver(99, last="=ba."), tmp_path)
+    for steps in (1, 3, 6):
+        assert result.metrics[f"accuracy@{steps}"].value == 0
+        assert result.metrics[f"followed@{steps}"].value == 1
+        assert result.metrics[f"final_accuracy@{steps}"].value == 0
 
 
 def test_a_solver_that_tires_is_right_on_short_chains_only(tmp_path: Path) -> None:

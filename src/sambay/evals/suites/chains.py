@@ -28,7 +28,8 @@ class ChainsSuite:
     """Puzzles of `lines` assignments, of which a chain of each of `steps` is asked for.
 
     The other assignments form chains of 1 to `other_steps`. An answer is right if it is the whole
-    chain; `final_accuracy` counts those that end with the right variable however they got there.
+    chain and ends there; `followed` counts those that begin with the whole chain, whatever comes
+    behind, and `final_accuracy` those that end with the right variable however they got there.
     """
 
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
@@ -85,12 +86,16 @@ class ChainsSuite:
     ) -> tuple[dict[str, Metric], dict[str, Any]]:
         """Accuracy for each number of steps, and the length of the answers in tokens."""
         metrics: dict[str, Metric] = {}
+        followed: dict[str, Metric] = {}
         finals: dict[str, Metric] = {}
         curve = []
         for steps in self.steps:
             mine = [records[item.key] for item in items if item.gold["steps"] == steps]
             accuracy = mean([float(record["correct"]) for record in mine])
             metrics[f"accuracy@{steps}"] = accuracy
+            followed[f"followed@{steps}"] = mean(
+                [float(record["steps_followed"] == steps) for record in mine]
+            )
             finals[f"final_accuracy@{steps}"] = mean([float(r["final_is_right"]) for r in mine])
             curve.append(
                 {
@@ -101,7 +106,7 @@ class ChainsSuite:
                     "mean_steps_followed": mean([r["steps_followed"] for r in mine]).value,
                 }
             )
-        return metrics | finals, {"curve": curve}
+        return metrics | followed | finals, {"curve": curve}
 
     def evaluate(
         self, backend: Backend, out: Path, *, on_progress: Progress | None = None

@@ -89,8 +89,10 @@ static inline Statistics exponentials(float* scores, int64_t count) {
 template <int V, int G, typename T>
 static inline void weigh(const T* values, int64_t column, int64_t count, const float* weights,
                          int64_t weights_row, float* out, int64_t out_row, int lanes) {
-  vfloat sum[G][V];
+  vfloat sum[G][V];  // in registers, as long as no loop over it remains one
+#pragma GCC unroll 4
   for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[g][v] = load(out + g * out_row + v * LANES);
   for (int64_t c = 0; c < count; ++c) {
     vfloat value[V];
@@ -103,7 +105,9 @@ static inline void weigh(const T* values, int64_t column, int64_t count, const f
       for (int v = 0; v < V; ++v) sum[g][v] += weight * value[v];
     }
   }
+#pragma GCC unroll 4
   for (int g = 0; g < G; ++g)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(out + g * out_row + v * LANES, sum[g][v]);
 }
 

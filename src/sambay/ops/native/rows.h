@@ -18,6 +18,7 @@ constexpr int MANY = 4, FEW = 6;
 constexpr int MANY = 4, FEW = 2;
 #endif
 constexpr int STREAMS = 8;
+constexpr int AHEAD = 1024;  // bytes
 constexpr int WIDEN = 4 * FEW;  // from so many rows on, widening a weight once beats doing it again
 
 typedef int8_t vbyte __attribute__((vector_size(LANES)));
@@ -113,7 +114,11 @@ static inline void products(const T* many, int64_t many_row, const float* few, i
                             int64_t size, int64_t ahead, vfloat* sums) {
   constexpr int LINE = 64 / static_cast<int>(sizeof(T));  // elements of a cache line
   constexpr int BLOCK = LINE > PAIR ? LINE : PAIR;
-  vfloat sum[M][F] = {};
+  vfloat sum[M][F];  // in registers, as long as no loop over it remains one
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f) sum[m][f] = vfloat{};
   int64_t i = 0;
   auto step = [&](int64_t at) {
     vfloat a[M], b[M];
@@ -139,13 +144,52 @@ static inline void products(const T* many, int64_t many_row, const float* few, i
   for (; i + PAIR <= size; i += PAIR) step(i);
   for (; i < size; i += LANES) {
     const int lanes = static_cast<int>(std::min<int64_t>(LANES, size - i));
+#pragma GCC unroll 8
     for (int f = 0; f < F; ++f) {
       const vfloat b = load(few + f * few_row + i, lanes);
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) sum[m][f] = fused(load(many + m * many_row + i, lanes), b, sum[m][f]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int f = 0; f < F; ++f) sums[m * F + f] = sum[m][f];
+}
+
+// many . few for single rows, one after another: the processor foresees what comes next in a row of
+// narrow weights, but not in several rows at once, which share a page. In float32 rows are long enough
+// for that. The sums have another order than in `products`, so they round otherwise.
+template <typename T>
+static inline float product(const T* many, const float* few, int64_t size) {
+  constexpr int LINE = 64 / static_cast<int>(sizeof(T));
+  constexpr int BLOCK = LINE > 2 * PAIR ? LINE : 2 * PAIR;
+  vfloat sum[4] = {};
+  auto step = [&](int64_t at, vfloat& first_sum, vfloat& second_sum) {
+    vfloat first, second;
+    load_pair(many + at, first, second);
+    first_sum = fused(first, load(few + at), first_sum);
+    second_sum = fused(second, load(few + at + LANES), second_sum);
+  };
+  int64_t i = 0;
+  for (; i + BLOCK <= size; i += BLOCK) {
+    for (int at = 0; at < BLOCK; at += LINE)
+      __builtin_prefetch(reinterpret_cast<const char*>(many + i + at) + AHEAD);
+#pragma GCC unroll 8
+    for (int at = 0; at < BLOCK; at += 2 * PAIR) {
+      step(i + at, sum[0], sum[1]);
+      step(i + at + PAIR, sum[2], sum[3]);
+    }
+  }
+  for (; i + PAIR <= size; i += PAIR) step(i, sum[0], sum[1]);
+  for (; i < size; i += LANES) {
+    const int lanes = static_cast<int>(std::min<int64_t>(LANES, size - i));
+    sum[0] = fused(load(many + i, lanes), load(few + i, lanes), sum[0]);
+  }
+  vfloat all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  float value;
+  sum_lanes(&all, &value, 1);
+  return value;
 }
 
 // Calls use(integral_constant<count>, first) over [0, size) in steps of COUNT and a smaller last one.
@@ -178,6 +222,10 @@ template <typename T, typename Out>
 static inline void all_products(const T* many, int64_t many_row, int64_t num_many, const float* few,
                                 int64_t few_row, int64_t num_few, int64_t size, float* wide,
                                 const Out& out) {
+  if (num_few == 1 && !std::is_same<T, float>::value) {
+    for (int64_t m = 0; m < num_many; ++m) out(m, 0, product(many + m * many_row, few, size));
+    return;
+  }
   if (num_few == 1) {
     in_steps<STREAMS>(num_many, [&](auto M, int64_t m) {
       block_of_products<decltype(M)::value, 1>(many + m * many_row, many_row, m, few, few_row, 0, size,

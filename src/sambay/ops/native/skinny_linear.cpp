@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t TASK_BYTES = 1 << 16;  // weights of one task
+constexpr int64_t TASK_BYTES = 1 << 17;  // weights of one task
 
 // `scale` is that of an int8 row of weights; null if the weights are what they say.
 struct Call {
