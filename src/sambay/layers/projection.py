@@ -1,26 +1,38 @@
-"""Linear maps that read their weight at the speed of memory where few rows meet it."""
+"""Linear maps that read their weight at the speed of memory where few rows meet it.
+
+Many rows in bfloat16 are multiplied in float32 on processors that know nothing else: there torch
+takes five times as long (1,024 rows, AVX2), an element at a time.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sambay.layers.quantised import multiply_rows
+from sambay.layers.quantised import multiply_rows, rows_in_float32
 from sambay.ops.decode import skinny_linear
 
 MOST_ROWS = 32
 """Up to so many rows a product is over when its weight has been read."""
 
+_WIDENED = 1 << 22
+"""Weights that are float32 at a time, few enough to stay in a cache."""
+
 
 class Linear(nn.Linear):
-    """What `nn.Linear` computes; a few rows on a CPU, without gradients, by `skinny_linear`."""
+    """What `nn.Linear` computes; on a CPU without gradients in the ways of this module."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) to (..., F)."""
         rows = None
-        if _is_skinny(input):
-            rows = _multiplied(self, input.reshape(-1, self.in_features))
+        if _is_inference(input):
+            if 0 < input.numel() <= MOST_ROWS * input.shape[-1]:
+                rows = _multiplied(self, input.reshape(-1, self.in_features))
+            elif input.dtype == torch.bfloat16 and not _multiplies_bfloat16():
+                rows = _widened(self, input.reshape(-1, self.in_features))
         if rows is None:
             return F.linear(input, self.weight, self.bias)
         return rows.view(*input.shape[:-1], self.out_features)
@@ -34,12 +46,35 @@ class ResidualProjection(Linear):
     """
 
 
-def _is_skinny(x: Tensor) -> bool:
-    """Whether a product with these rows, (..., D), is only a reading of the weight."""
+def _is_inference(x: Tensor) -> bool:
+    """Whether a product with x on the CPU is nothing but its numbers."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    skinny = 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-    return skinny and type(x) is Tensor and not torch.is_autocast_enabled("cpu")
+    return type(x) is Tensor and not torch.is_autocast_enabled("cpu")
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether torch has products of bfloat16 for this processor, or any that it calls so."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or not torch.backends.mkldnn.is_available() or supported()
+
+
+def _widened(linear: nn.Linear, x_BD: Tensor) -> Tensor | None:
+    """The product in float32, rounded once, (B, F) in bfloat16; None for weights of other kinds."""
+    weight, bias = linear.weight, linear.bias
+    if weight.is_meta or weight.dtype != torch.bfloat16:
+        return None
+    is_bare = type(weight) is nn.Parameter
+    wide_BD, step = x_BD.float(), max(_WIDENED // x_BD.shape[1], 1)
+    out_BF = x_BD.new_empty(len(x_BD), linear.out_features)
+    for first in range(0, linear.out_features, step):
+        some = slice(first, first + step)
+        rows = weight[some].float() if is_bare else rows_in_float32(weight, some)
+        if rows is None:
+            return None
+        out_BF[:, some] = F.linear(wide_BD, rows, None if bias is None else bias[some].float())
+    return out_BF
 
 
 def is_plain(linear: nn.Module) -> bool:

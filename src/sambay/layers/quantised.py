@@ -77,6 +77,18 @@ def multiply_rows(x_BD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor |
     return grouped_linear(x_BD, integers, found.scale, bias)
 
 
+def rows_in_float32(weight: Tensor, some: slice) -> Tensor | None:
+    """Some rows of such a weight as float32 numbers; None if torchao has to be asked for them."""
+    found = _readable(weight)
+    if found is None or found.scale is None:
+        return None
+    inner: Any = weight
+    rows, scale = inner.qdata[some].float(), found.scale[some].float()
+    if scale.dim() == 1:
+        return rows.mul_(scale[:, None])
+    return rows.view(*scale.shape, -1).mul_(scale[..., None]).view(rows.shape)
+
+
 def held_tensors(weight: Tensor) -> list[Tensor]:
     """The plain tensors that a weight of torchao's classes above consists of; none for others."""
     if _class_name(weight) is None:

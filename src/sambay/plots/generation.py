@@ -31,7 +31,7 @@ def draw_generation(models: Mapping[str, Any], title: str, caption: str) -> Figu
         y_from_zero=True,
     )
     lengths = Panel(
-        "Seconds to so many generated tokens, mean over all loads",
+        "Seconds to so many tokens, mean over loads",
         "generated tokens",
         [
             Curve(
