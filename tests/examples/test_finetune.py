@@ -80,7 +80,10 @@ def write(file: Path, rows: list[Any]) -> Path:
 
 @pytest.mark.parametrize(
     ("layout", "ways"),
-    [("sambay+da", ("--full", "--lora", "--lora")), (OFFICIAL, ("--lora", "--full", "--full"))],
+    [
+        ("sambay+da", ("--full", "--lora", "--lora")),
+        pytest.param(OFFICIAL, ("--lora", "--full", "--full"), marks=pytest.mark.slow),
+    ],
 )
 def test_three_stages(stage: Stage, layout: str, ways: tuple[str, ...], tmp_path: Path) -> None:
     """Mid-training, SFT and DPO follow each other, and everything can read the result."""

@@ -254,6 +254,7 @@ assert library._find_openmp() is not None
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_torchs_own_openmp_is_used_and_no_second_one():
     command = [sys.executable, "-c", ONE_OPENMP]

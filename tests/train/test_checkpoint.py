@@ -106,7 +106,7 @@ def _fork_and_kill_at(event: int, action: Callable[[], None]) -> bool:
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_file_operation_of_a_save(stride: int, parts: Parts, tmp_path: Path) -> None:
     """Before publication the old checkpoint is the latest, after it the new one; both load."""
     seen = []

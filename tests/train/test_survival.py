@@ -220,7 +220,7 @@ def test_too_many_in_a_row_stop_the_run_and_keep_the_checkpoint(
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_run_turns_back_and_goes_on_with_other_data(
     count: int, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +257,7 @@ def test_it_turns_back_only_so_often(
         train(make(resilience=settings), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_spike_of_the_loss_is_skipped_if_asked(
     make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

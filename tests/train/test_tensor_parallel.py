@@ -169,6 +169,7 @@ def test_two_processes_compute_each_kind_of_layer(exact: MakeConfig, tmp_path: P
     check_equal([exact(name) for name in names], 2, tmp_path)
 
 
+@pytest.mark.slow
 def test_shards_of_parts(exact: MakeConfig, tmp_path: Path) -> None:
     """FSDP2 x tensor: rows that do not divide, micro-batches, an untied head, another loss."""
     config = exact(
