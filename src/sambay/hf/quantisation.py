@@ -11,6 +11,7 @@ matrices of a linear layer are never touched by torchao.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -52,8 +53,7 @@ def quantise(model: M, weights: str, *, group_size: int = GROUP_SIZE) -> M:
     if group_size < 1 or group_size % GROUP_SIZE:
         raise ConfigError(f"group_size = {group_size} is no multiple of {GROUP_SIZE}; use 32 or 64")
     require_torchao()
-    from torchao import quantization
-
+    quantization = _torchao()
     config: Any = model.config
     quantises = filter_fn(config, group_size if weights == "int4" else None)
     for name, module in model.named_modules():
@@ -66,6 +66,17 @@ def quantise(model: M, weights: str, *, group_size: int = GROUP_SIZE) -> M:
         how = quantization.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=group)
     quantization.quantize_(model, how, filter_fn=quantises)
     return model
+
+
+def _torchao() -> Any:
+    """torchao's quantisation, imported without its warnings of what it has for GPUs only."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        from torchao import quantization
+    finally:
+        logging.disable(before)
+    return quantization
 
 
 def require_torchao() -> None:
