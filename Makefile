@@ -4,7 +4,6 @@
 #          PIP_OPTIONS="..."         passed to pip, e.g. an --index-url
 #          DEMO_OPTIONS="..."        passed to the demo, e.g. --fresh, --minutes 1
 #          TEST_OPTIONS="..."        passed to pytest, e.g. tests/numerics -x
-#          WORKERS=N                 processes of pytest (processors and one more: many tests wait)
 #          SERVE_PYTHON=/path        the Python 3.11 for .venv-vllm
 # Only relative paths appear here, so a folder with a space in its name is fine.
 
@@ -15,7 +14,6 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?=
 SERVE_PYTHON ?=
-WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1) + 1 )))
 PIP_OPTIONS ?=
 DEMO_OPTIONS ?=
 TEST_OPTIONS ?=
@@ -44,13 +42,13 @@ demo: setup  ## data, two models, text, speed and pictures in about ten minutes
 	@$(PY) -m sambay.demo --out demo $(DEMO_OPTIONS)
 
 test: setup  ## all tests of the default run (CPU)
-	@$(PY) -m pytest -n $(WORKERS) $(TEST_OPTIONS)
+	@$(PY) -m pytest -n auto $(TEST_OPTIONS)
 
 # The package index's own dependencies stay; only transformers is shadowed by the older version.
 test-oldest: setup  ## the tests of the Hugging Face classes with the oldest supported transformers
 	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
 		--target build/oldest -r constraints-oldest.txt
-	@PYTHONPATH=build/oldest $(PY) -m pytest -n $(WORKERS) tests/hf $(TEST_OPTIONS)
+	@PYTHONPATH=build/oldest $(PY) -m pytest -n auto tests/hf $(TEST_OPTIONS)
 
 # TRANSFORMERS_SOURCE=/path/to/checkout adds the generation tests, which the source distribution lacks.
 test-transformers-suite: setup  ## transformers' own model tests on our classes
