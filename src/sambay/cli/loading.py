@@ -94,13 +94,14 @@ def load(args: argparse.Namespace, path: Path) -> LoadedModel:
     import torch
 
     from sambay.generate import Engine, TextGenerator
-    from sambay.hf import quantisation
     from sambay.hf.loading import is_model_folder
     from sambay.hf.tokenizer import find_tokenizer, load_tokenizer
     from sambay.train.export import load_checkpoint_model
 
     if args.weights is not None:
-        quantisation.require_torchao()
+        from sambay.hf.quantisation import require_torchao
+
+        require_torchao()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     device = find_device(args.device)
@@ -116,7 +117,9 @@ def load(args: argparse.Namespace, path: Path) -> LoadedModel:
     started = time.perf_counter()
     model, _, beside = load_checkpoint_model(path, dtype=dtype or torch.float32, device=device)
     if args.weights is not None:
-        quantisation.quantise(model, args.weights)
+        from sambay.hf.quantisation import quantise
+
+        quantise(model, args.weights)
     if watched:
         print(f"loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     folder = beside.parent

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sambay.ops.decode import grouped_linear, pack_int4, skinny_linear
-from sambay.ops.decode.groups import BLOCK
+from sambay.ops.decode.groups import BLOCK, widen
 from sambay.ops.native.library import serves
 
 _HOME = "torchao.quantization"
@@ -83,10 +83,8 @@ def rows_in_float32(weight: Tensor, some: slice) -> Tensor | None:
     if found is None or found.scale is None:
         return None
     inner: Any = weight
-    rows, scale = inner.qdata[some].float(), found.scale[some].float()
-    if scale.dim() == 1:
-        return rows.mul_(scale[:, None])
-    return rows.view(*scale.shape, -1).mul_(scale[..., None]).view(rows.shape)
+    scale = found.scale[some]
+    return widen(inner.qdata[some], scale[:, None] if scale.dim() == 1 else scale, torch.float32)
 
 
 def held_tensors(weight: Tensor) -> list[Tensor]:

@@ -65,14 +65,19 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return numbers.flatten(1).to(torch.int8) - _ADDED
 
 
+def widen(weight_FD: Tensor, scale_FG: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that integers and the scales of their groups stand for, (F, D) in that dtype."""
+    grouped = weight_FD.to(dtype).unflatten(1, (scale_FG.shape[1], -1))
+    return grouped.mul_(scale_FG.to(dtype)[:, :, None]).flatten(1)
+
+
 def linear_reference(x_BD: Tensor, weight: Tensor, scale_FG: Tensor, bias: Tensor | None) -> Tensor:
     """See `grouped_linear`: the whole matrix, then torch's own product."""
     compute = torch.promote_types(x_BD.dtype, torch.float32)
     whole_FD = unpack_int4(weight) if weight.dtype == torch.uint8 else weight
-    grouped = whole_FD.to(compute).unflatten(1, (scale_FG.shape[1], -1))
-    scaled_FD = (grouped * scale_FG.to(compute)[:, :, None]).flatten(1)
     bias = None if bias is None else bias.to(compute)
-    return F.linear(x_BD.to(compute), scaled_FD, bias).to(x_BD.dtype)
+    wide_FD = widen(whole_FD, scale_FG, compute)
+    return F.linear(x_BD.to(compute), wide_FD, bias).to(x_BD.dtype)
 
 
 def linear_native(x_BD: Tensor, weight: Tensor, scale_FG: Tensor, bias: Tensor | None) -> Tensor:
