@@ -238,3 +238,13 @@ def test_mistakes_are_named(
     assert main([*start, *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_in_a_configuration_is_named_with_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "typo.json"
+    file.write_text('{"hidden_sze": 64}')
+    words = ["bench", "generation", "--models", str(file), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "typo.json: model.hidden_sze: no such field" in capsys.readouterr().err

@@ -107,6 +107,12 @@ def test_contenders_have_equal_parameters_and_see_the_same_data() -> None:
     mixtures = {run.architecture: run.config.data for run in runs}
     assert len({mixtures[name] for name in mixtures if not name.endswith("-chains")}) == 1
     assert mixtures["sambay-chains"] == mixtures["transformer++-chains"] != mixtures["sambay"]
+    tokens = {run.architecture: run.config.schedule.total_tokens for run in runs}
+    once = tokens["sambay"]
+    assert {name for name, count in tokens.items() if count == 2 * once} == {
+        "sambay-chains", "transformer++-chains",
+    }  # fmt: skip
+    assert set(tokens.values()) == {once, 2 * once}
     assert {run.config.data.sequence_length for run in runs} == {LENGTH}
     windows = {run.architecture: run.config.model.window for run in runs}
     assert windows["sambay-w16"] == 16
