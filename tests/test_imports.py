@@ -194,6 +194,32 @@ def test_no_torch_where_it_is_not_needed(code: str) -> None:
     assert result.returncode == 0, result.stderr.splitlines()[-1:]
 
 
+# What `sambay generate` does with a folder, and a forward pass with gradients.
+GENERATES = """
+import sys
+from pathlib import Path
+from sambay import LanguageModel, load_model, presets
+from sambay.generate import Engine, Request, Session
+from sambay.model.folder import save_model_folder
+sizes = dict(vocab_size=61, hidden_size=36, num_heads=4, num_kv_heads=2, head_dim=8)
+model = LanguageModel(presets.build("sambay", 8, **sizes))
+save_model_folder(Path(sys.argv[1]), model)
+model(torch.tensor([[1, 2, 3]])).sum().backward()
+engine = Engine(load_model(sys.argv[1]))
+request = Request([1, 2, 3], max_new_tokens=4)
+assert len(list(Session(engine).stream(request))) >= 4
+assert len(engine.generate_many([request, request], max_batch_size=2)) == 2
+"""
+
+
+def test_the_compiler_of_torch_does_not_come_along(tmp_path: Path) -> None:
+    """It takes as long to import as torch itself."""
+    code = f"import torch\n{GENERATES}\nassert 'torch._dynamo' not in sys.modules, 'it came along'"
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_public_names_exist() -> None:
     for name in sambay.__all__:
         assert getattr(sambay, name) is not None

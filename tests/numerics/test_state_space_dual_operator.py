@@ -90,7 +90,10 @@ class Kernel:
         seq_idx=None, cu_seqlens=None, dt_softplus=False, return_final_states=False,
     ):  # fmt: skip
         assert (z, cu_seqlens, dt_softplus, return_final_states) == (None, None, True, True)
-        self.calls.append({"chunk_size": chunk_size, "groups": B.shape[2], "seq_idx": seq_idx})
+        self.calls.append({
+            "chunk_size": chunk_size, "groups": B.shape[2], "seq_idx": seq_idx,
+            "traced": torch.compiler.is_compiling(),
+        })  # fmt: skip
         resets = None
         if seq_idx is not None:
             assert (seq_idx.dtype, seq_idx.shape) == (torch.int32, dt.shape[:2])
@@ -127,6 +130,14 @@ def test_the_kernels_are_called_for_the_same_result(resets, first, kernel):
     (call,) = kernel.calls
     assert (call["chunk_size"], call["groups"]) == (256, 1)
     assert (call["seq_idx"] is not None) == resets
+
+
+def test_traced_code_calls_the_kernels_as_they_are(kernel):
+    inputs = make_inputs(2, 70, 3, 5, 4)
+    expected = mamba_ssm.scan(*inputs)[0] * 2
+    compiled = torch.compile(lambda *inputs: mamba_ssm.scan(*inputs)[0] * 2, backend="eager")
+    assert torch.equal(compiled(*inputs), expected)
+    assert [call["traced"] for call in kernel.calls] == [False, False]
 
 
 def on_cuda(dtype):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sambay.errors import BackendUnavailable, nearest
+from sambay.ops.tracing import constant_when_traced
 
 REFERENCE = "reference"
 _log = logging.getLogger("sambay.ops")
@@ -108,7 +109,7 @@ def table() -> list[Row]:
 
 
 # Traced code may not read the environment, and the answer is one for the whole process.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def reference_forced() -> bool:
     """Whether the environment asks for the references of all operations."""
     return os.environ.get("SAMBAY_REFERENCE") == "1"

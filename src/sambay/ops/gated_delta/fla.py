@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sambay.ops.optional_kernel import load_kernel
+from sambay.ops.tracing import constant_when_traced
 
 LARGEST_KEY = 256  # elements of one head's key that the kernels hold at once
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -32,7 +33,7 @@ def why_unavailable(k_BTHK: Tensor | None) -> str | None:
 
 
 # Traced code cannot import; the answer is one for the whole process.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _kernel() -> Callable[..., Any] | str:
     """chunk_gated_delta_rule, or the reason why there is none."""
     return _load()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sambay.ops.native import builder
+from sambay.ops.tracing import constant_when_traced
 
 # p: a pointer, as an integer address or None; i: an integer; d: a float.
 _SCAN = "pii pii p pii pii pppp iiiii ii"  # the order of SCAN_PARAMETERS in selective_scan.h
@@ -55,7 +56,7 @@ _outcome: ctypes.CDLL | str | None = None
 
 
 # Traced code cannot compile C++; the answer is one for the whole process.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def why_unavailable() -> str | None:
     """None if the kernels are ready (they are built on the first call), else the reason."""
     global _outcome

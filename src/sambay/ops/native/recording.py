@@ -93,6 +93,12 @@ class Recorder(TorchDispatchMode):
         self._calls: list[list[int]] = []
         self._kept: list[Any] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Asked by the base class, which else imports torch's compiler before the first step: a
+        # second and a half at the start of every answer. Nothing is recorded while code is traced.
+        return False
+
     def __enter__(self) -> Recorder:
         assert not recording(), "one recorder at a time"
         super().__enter__()

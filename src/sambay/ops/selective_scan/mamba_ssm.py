@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sambay.errors import BackendUnavailable
 from sambay.ops.optional_kernel import load_kernel
+from sambay.ops.tracing import constant_when_traced, never_traced
 
 
 def why_unavailable(x: Tensor | None) -> str | None:
@@ -30,7 +31,7 @@ def why_unavailable(x: Tensor | None) -> str | None:
 
 
 # Traced code cannot import; the answer is one for the whole process.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _kernel() -> Callable[..., Any] | str:
     """selective_scan_fn, or the reason why there is none."""
     return _load()
@@ -41,7 +42,7 @@ def _load() -> Callable[..., Any] | str:
     return load_kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", "mamba-ssm")
 
 
-@torch.compiler.disable  # the kernels are not made to be traced
+@never_traced  # the kernels are not made to be
 def scan(
     x_BTE: Tensor,
     delta_BTE: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sambay.ops.optional_kernel import load_kernel
+from sambay.ops.tracing import constant_when_traced, never_traced
 
 CHUNK = 256  # tokens per chunk, as the published models were trained with
 
@@ -34,7 +35,7 @@ def why_unavailable(x: Tensor | None) -> str | None:
 
 
 # Traced code cannot import; the answer is one for the whole process.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _kernel() -> Callable[..., Any] | str:
     """mamba_chunk_scan_combined, or the reason why there is none."""
     return _load()
@@ -47,7 +48,7 @@ def _load() -> Callable[..., Any] | str:
     )
 
 
-@torch.compiler.disable  # the kernels are not made to be traced
+@never_traced  # the kernels are not made to be
 def scan(
     x_BTHP: Tensor,
     delta_BTH: Tensor,

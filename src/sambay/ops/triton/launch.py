@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sambay.ops.tracing import constant_when_traced
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CAPABILITY = (8, 0)  # the oldest GPUs with bfloat16, for which the tests compile every kernel
 
@@ -40,7 +42,7 @@ def why_unavailable_untraced(tensor: Tensor | None) -> str | None:
 
 
 # Traced code can neither import nor read the environment; the answers hold for the whole process.
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _why_not_here() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run: pip install triton"
@@ -49,13 +51,13 @@ def _why_not_here() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def interpreted() -> bool:
     """Whether triton is told to run kernels on the CPU, in Python."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 @functools.cache
 def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
