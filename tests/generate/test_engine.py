@@ -60,7 +60,7 @@ class Twin:
 def test_every_family_member_equals_uncached_generation(name: str) -> None:
     model = tiny_model(name)
     prompts = random_prompts(seed=1, count=5)
-    limits = [14, 3, 1, 12, 7]
+    limits = [9, 3, 1, 7, 5]
     requests = [Request(p, n) for p, n in zip(prompts, limits, strict=True)]
     twins = [Twin(model, p, n) for p, n in zip(prompts, limits, strict=True)]
     for prefill_chunk in (4, 35, 2048):

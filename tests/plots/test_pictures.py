@@ -45,7 +45,7 @@ def assert_legible(canvas: Canvas) -> None:
         assert apart, f"'{text}' covers '{other}'"
 
 
-@pytest.mark.parametrize("depth", [4, 8, 16, 32])
+@pytest.mark.parametrize("depth", [4, 8, pytest.param(16, marks=pytest.mark.slow), 32])
 @pytest.mark.parametrize(
     "name", ["sambay", "transformer++", "samba", "swa+yoco", "sambay-aa", "s-gdny"]
 )

@@ -212,12 +212,13 @@ def test_two_processes_resume_bit_for_bit(make: MakeConfig, tmp_path: Path) -> N
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_checkpoints_are_written_while_training_goes_on(
-    make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, make: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow disk: steps pass while the second one is saved, and it holds what it was then."""
     config = make(steps=5, checkpoint=CheckpointConfig(every_steps=2, keep=9, asynchronous=False))
-    run(2, config, tmp_path / "waiting")
+    run(count, config, tmp_path / "waiting")
     plain = checkpoint.save_pieces
     log = tmp_path / "log"
 
@@ -237,7 +238,7 @@ def test_checkpoints_are_written_while_training_goes_on(
 
     monkeypatch.setattr(checkpoint, "save_pieces", slowly)
     config = replace(config, checkpoint=replace(config.checkpoint, asynchronous=True))
-    run(2, config, tmp_path / "flowing", display=Noting(0))
+    run(count, config, tmp_path / "flowing", display=Noting(0))
     words = log.read_text().split()
     assert words.index("saved") > words.index("3")
     assert_same_run(tmp_path / "waiting", tmp_path / "flowing")

@@ -88,7 +88,7 @@ def test_kill_9_of_one_process_at_random_moments(
 
         return batch
 
-    config = make(steps=3 * moments + 4, checkpoint=CheckpointConfig(1, keep=2))
+    config = make(steps=3 * moments + 1, checkpoint=CheckpointConfig(1, keep=2))
     killed, answers = tmp_path / "killed", tmp_path / "answers"
     store = CheckpointStore(killed, config.checkpoint)
     generator = random.Random(moments)
