@@ -141,6 +141,8 @@ STEPS: tuple[tuple[list[int], list[tuple[int, int]]], ...] = (
     ([4], [(1, 2), (2, 5)]),  # one decodes, one goes on with its prompt, one is new
     ([8, 4, 2], [(1, 40)]),
     ([1, 2, 8, 4], []),
+    ([2], []),  # a single one, on its page
+    ([4, 2], []),
 )
 
 
