@@ -99,6 +99,19 @@ def test_curves_share_colours_and_mark_references() -> None:
     assert second.get_ylim() == (0.0, 5.0)
 
 
+def test_names_of_lines_stay_within_their_panel() -> None:
+    curves = [Curve("SambaY", [0.0, 1.0, 2.0], [3.4, 2.2, 2.0])]
+    lines = {"gzip": 2.03, "xz": 1.85}
+    figure = draw_panels([Panel("one", "tokens", curves, lines=lines)], "caption")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == list(lines)
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert axes.bbox.y0 <= extent.y0, text
+        assert extent.y1 <= axes.bbox.y1, text
+
+
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.png or \.svg"):
         save(draw_panels([], ""), tmp_path / "picture.jpg")
