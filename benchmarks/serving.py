@@ -4,7 +4,8 @@
 
 Both servers run at once and are asked in turn, so that one of them is always idle; random weights,
 greedy answers of one length. "engine" is our `SlotEngine` with as many slots: what the
-server, its scheduler and HTTP cost beside plain generation of the same tokens.
+server, its scheduler and HTTP cost beside plain generation of the same tokens. With --compile the
+servers start as those of `sambay serve` do; docs/results/serving.json holds a result of each kind.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[str, tuple[str, str]])
         axes.set_ylim(bottom=0)
     if panel.y_top is not None:
         axes.set_ylim(top=panel.y_top)
-    if len(panel.lines) > 1:  # room for the name below the lowest of them
+    if len(panel.lines) > 1 and not panel.y_from_zero:  # room for the name below the lowest
         bottom, top = axes.get_ylim()
         axes.set_ylim(bottom=min(bottom, min(panel.lines.values()) - 0.08 * (top - bottom)))
     axes.tick_params(color=FAINT)
